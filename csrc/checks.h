@@ -1,0 +1,58 @@
+// Checks of what reaches the extension, each with a message that names the argument, what was
+// expected and what came; and the conversion of tensors into kernel parameters.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "tensor_view.h"
+
+namespace lookagain {
+
+// A size that is not checked.
+constexpr int64_t kAny = -1;
+
+// A tensor of the dtype and shape.
+TensorView checked_view(const char* name, pybind11::handle tensor, DType dtype,
+                        std::initializer_list<int64_t> shape);
+
+// The same, for an output: also refuses overlapping memory (a stride of 0 on an axis longer than
+// 1).
+TensorView checked_output(const char* name, pybind11::handle tensor, DType dtype,
+                          std::initializer_list<int64_t> shape);
+
+void check_last_axis(const char* name, const TensorView& view);
+HeadsView heads_view(const char* name, const TensorView& view);
+
+// The values of a small int32 tensor of any strides, in order.
+std::vector<int32_t> int_values(const TensorView& view);
+
+// Holds what a kernel's parameters point to during a call: small index tensors are copied, so that
+// they may have any strides and cannot change between the check and the use.
+struct RowLimits {
+  std::vector<int32_t> key_start, key_length;
+
+  // None: 0 and L_k. Raises unless 0 <= key_start <= L_k and 0 <= key_length <= L_k.
+  RowLimits(pybind11::handle start, pybind11::handle length, int64_t batch, int64_t keys);
+};
+
+struct VisualArguments {
+  std::vector<int32_t> spans, shift, start;
+  VisualParams params;
+  int64_t max_visual = 0;  // most visual tokens of any row
+
+  // All None is no visual context. `num_visual` bounds the tokens of each row (kAny: unbounded).
+  VisualArguments(pybind11::handle spans, pybind11::handle inv_freq, pybind11::handle shift,
+                  pybind11::handle start, pybind11::handle selected, int64_t batch, int64_t keys,
+                  int64_t head_dim, int64_t num_visual, const std::vector<int32_t>& key_length);
+};
+
+// Raises unless spans are ascending, disjoint, inside [0, limit) and name at most num_visual
+// tokens; returns the number of tokens.
+int64_t check_row_spans(const int32_t* spans, int64_t num_spans, int64_t row, int64_t limit,
+                        const char* limit_name, int64_t num_visual);
+
+const float* inv_freq_values(pybind11::handle tensor, int64_t head_dim, int64_t* half);
+
+}  // namespace lookagain

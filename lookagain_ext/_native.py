@@ -1,0 +1,70 @@
+"""Finds the compiled extension and says in words what is wrong with it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+from . import __version__
+
+
+class ExtensionError(RuntimeError):
+    """The compiled extension is missing or was built for another version."""
+
+
+_REFERENCE = (
+    "Without it, lookagain_ext.reference computes the same in plain PyTorch, and the environment "
+    "variable LOOKAGAIN_BACKEND=reference makes every op use it."
+)
+
+
+@functools.cache
+def native() -> ModuleType:
+    """The extension module `_C`.
+
+    Raises:
+        ExtensionError: if it is not built, cannot be loaded or is of another version.
+    """
+    try:
+        module = importlib.import_module("lookagain_ext._C")
+    except ModuleNotFoundError as error:
+        raise ExtensionError(
+            "lookagain_ext's C++ extension is not built for this Python. Install the package "
+            f"with `pip install .` in its repository. {_REFERENCE}"
+        ) from error
+    except ImportError as error:
+        raise ExtensionError(
+            f"lookagain_ext's C++ extension is built but cannot be loaded ({error}). Rebuild it "
+            f"with `pip install --force-reinstall --no-deps .`. {_REFERENCE}"
+        ) from error
+    built = module.build_info()["version"]
+    if built != __version__:
+        raise ExtensionError(
+            f"lookagain_ext is version {__version__}, its C++ extension was built for {built}. "
+            f"Rebuild it with `pip install --force-reinstall --no-deps .`. {_REFERENCE}"
+        )
+    return module
+
+
+@functools.cache
+def use_kernels(device_type: str) -> bool:
+    """Whether ops on this kind of device run on the extension's kernels, else on the reference.
+
+    LOOKAGAIN_BACKEND is read once for each kind of device.
+    """
+    return device_type == "cpu" and os.environ.get("LOOKAGAIN_BACKEND") != "reference"
+
+
+def build_info() -> dict[str, object]:
+    """What the extension was built with and what it uses here.
+
+    Returns:
+        A dict with `version`, `isa` (the instruction set in use), `isas` (those compiled),
+        `cuda_archs` (empty when built without CUDA), `threading` and `compiler`.
+
+    Raises:
+        ExtensionError: if the extension is missing or of another version.
+    """
+    return dict(native().build_info())

@@ -1,0 +1,148 @@
+"""Hooks and settings that look_again puts on a model, and takes away again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.generation.configuration_utils import GenerationMode
+
+from .attention import ATTENTION_NAME
+from .config import LookAgainConfig
+from .engine import Engine
+from .models import Family
+
+_NAME = "_lookagain"
+"""Attribute of the model that holds its attachment: the two live and are copied together."""
+
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_MISSING = "missing"
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether a session is open on an (unwrapped) model."""
+    return _NAME in model.__dict__
+
+
+class Attachment:
+    """What is on one model while sessions on it are open; the newest session is in force.
+
+    Attributes:
+        engines: those of the open sessions, the newest last.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.engines: list[Engine] = []
+        self._family = family
+        model, generation = family.model, family.model.generation_config
+        self._attention = family.text_config._attn_implementation
+        self._saved_config = getattr(family.config, "lookagain", _MISSING)
+        self._suppressed = generation.suppress_tokens
+        self._mode_check = model.__dict__.get("_validate_generation_mode", _MISSING)
+        self._handles: list[Any] = []
+
+    @classmethod
+    def enter(cls, family: Family, engine: Engine) -> Attachment:
+        """Put `engine` in force on the model, and the hooks on it if it is the first."""
+        attachment = family.model.__dict__.get(_NAME)
+        if attachment is None:
+            attachment = cls(family)
+            attachment._install()
+            setattr(family.model, _NAME, attachment)
+        attachment.engines.append(engine)
+        attachment._publish(engine.config)
+        return attachment
+
+    def leave(self, engine: Engine) -> None:
+        """Take `engine` out of force; with the last one everything goes back as it was."""
+        if engine not in self.engines:
+            return
+        self.engines.remove(engine)
+        if self.engines:
+            self._publish(self.engines[-1].config)
+        else:
+            self._restore()
+            delattr(self._family.model, _NAME)
+        _forget_compiled(self._family.model)
+
+    def _install(self) -> None:
+        model, base, decoder = self._family.model, self._family.base, self._family.decoder
+        model.set_attn_implementation({"text_config": ATTENTION_NAME})
+        self._hook(model.register_forward_pre_hook, self._before_model)
+        self._hook(base.register_forward_pre_hook, self._before_base)
+        self._hook(decoder.register_forward_pre_hook, self._before_decoder)
+        self._handles.append(decoder.register_forward_hook(self._after_decoder))
+        placeholders = list(self._family.visual_token_ids())
+        model.generation_config.suppress_tokens = [*(self._suppressed or []), *placeholders]
+        model._validate_generation_mode = self._check_mode
+        _forget_compiled(model)
+
+    def _check_mode(self, mode: GenerationMode, *args: Any, **keywords: Any) -> None:  # noqa: ANN401
+        if mode not in _MODES:
+            raise ValueError(
+                f"generation mode {mode.value!r} is not supported under look_again: use "
+                "greedy decoding or sampling (num_return_sequences is fine)"
+            )
+        model = self._family.model
+        if self._mode_check is _MISSING:
+            type(model)._validate_generation_mode(model, mode, *args, **keywords)
+        else:
+            self._mode_check(mode, *args, **keywords)
+
+    def _hook(self, register: Callable[..., Any], function: Callable[..., Any]) -> None:
+        self._handles.append(register(function, with_kwargs=True))
+
+    def _publish(self, config: LookAgainConfig) -> None:
+        self._family.config.lookagain = config.to_dict()
+
+    def _restore(self) -> None:
+        model, config = self._family.model, self._family.config
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        model.set_attn_implementation({"text_config": self._attention})
+        model.generation_config.suppress_tokens = self._suppressed
+        if self._mode_check is _MISSING:
+            del model._validate_generation_mode
+        else:
+            model._validate_generation_mode = self._mode_check
+        if self._saved_config is _MISSING:
+            del config.lookagain
+        else:
+            config.lookagain = self._saved_config
+
+    def _before_model(
+        self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> None:
+        self.engines[-1].note_labels(_by_name(module, args, keywords))
+
+    def _before_base(
+        self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), self.engines[-1].before_base(_by_name(module, args, keywords))
+
+    def _before_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), self.engines[-1].before_decoder(_by_name(module, args, keywords))
+
+    def _after_decoder(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401
+        return self.engines[-1].after_decoder(output)
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    """All arguments as keywords, in a dict of their own."""
+    if not args:
+        return dict(keywords)
+    names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **keywords}
+
+
+def _forget_compiled(model: nn.Module) -> None:
+    """Drop a compiled forward: torch.compile does not notice that hooks came or went."""
+    if "_compiled_call" in model.__dict__:
+        del model._compiled_call
+        torch.compiler.reset()

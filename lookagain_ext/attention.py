@@ -1,0 +1,296 @@
+"""Attention that sees visual tokens again: a function for transformers, a module for the rest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
+
+from . import ops
+from .cache import LookAgainLayer
+from .layer_routing import LayerRouting, MassProbe, route_layer
+from .visual import VisualContext
+
+ATTENTION_NAME = "lookagain"
+"""Name under which `lookagain_attention` is registered with transformers."""
+
+
+def lookagain_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    visual_context: VisualContext | None = None,
+    layer_selected: Tensor | None = None,
+    layer_routing: LayerRouting | None = None,
+    key_start: Tensor | None = None,
+    key_length: Tensor | None = None,
+    visual_mass: Tensor | None = None,
+    mass_probe: MassProbe | None = None,
+    **_: Any,  # noqa: ANN401 - every model passes keywords of its own
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls under the name "lookagain".
+
+    Args:
+        module: the attention module; only its `layer_idx` is read.
+        query: [B, H_q, L_q, D], rotary embedding applied.
+        key: [B, H_kv, L_k, D], as the cache returned it.
+        value: [B, H_kv, L_k, D].
+        attention_mask: None, [B, L] (0 on padding) or [B, 1, L_q, L_k]; only the padding is read
+            from it, and only when `key_start` is not given.
+        scaling: factor on the logits; default 1 / sqrt(D).
+        dropout: must be 0.
+        visual_context: visual tokens and their re-injections.
+        layer_selected: bool [layers, B, R, L_c], replaces the context's selection by this layer's.
+        layer_routing: chooses the selection inside this layer (full forward).
+        key_start: int32 [B], first key of each row.
+        key_length: int32 [B], keys of each row; default L_k.
+        visual_mass: float32 [layers, B, H_kv, L_c], or this layer's [B, H_kv, L_c]; added to in
+            place.
+        mass_probe: collects visual mass over ranges of queries.
+
+    Returns:
+        (out [B, L_q, H_q, D], None): there are no attention weights.
+
+    Raises:
+        ValueError: if dropout is asked for.
+    """
+    if dropout:
+        raise ValueError(f"attention dropout is not supported, got {dropout}; set it to 0")
+    if key_start is None and key_length is None and attention_mask is not None:
+        key_start, key_length = _bounds(attention_mask, query.shape[2], key.shape[2])
+    if layer_selected is not None:
+        visual_context = replace(visual_context, selected=layer_selected[module.layer_idx])
+    keywords = {"scale": scaling, "key_start": key_start, "key_length": key_length}
+    if layer_routing is not None:
+        visual_context = route_layer(query, key, visual_context, layer_routing, keywords)
+    mass = visual_mass
+    if mass is not None and mass.dim() == 4:
+        mass = mass[module.layer_idx]
+    if mass_probe is None:
+        out = ops.routed_attention(query, key, value, visual_context, visual_mass=mass, **keywords)
+    else:
+        out, lse = ops.routed_attention(
+            query, key, value, visual_context, visual_mass=mass, return_lse=True, **keywords
+        )
+        found = ops.visual_mass(query, key, visual_context, mass_probe.rows, lse=lse, **keywords)
+        mass_probe.total += found.sum(2)
+    return out.transpose(1, 2), None
+
+
+def lookagain_mask(
+    *,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    **_: Any,  # noqa: ANN401
+) -> Tensor | None:
+    """The mask function registered under "lookagain": hands the two-dimensional mask on.
+
+    The kernels make the causal mask themselves and only need to know the padding. The mask is
+    widened to the length of the cache, so that its shape does not change from step to step when
+    the cache is static.
+
+    Args:
+        kv_length: slots of the key cache.
+        attention_mask: [B, L], 0 on padding, or None.
+
+    Returns:
+        bool [B, kv_length], or None.
+    """
+    if attention_mask is None or attention_mask.shape[-1] >= kv_length:
+        return attention_mask
+    missing = kv_length - attention_mask.shape[-1]
+    return nn.functional.pad(attention_mask, (0, missing), value=True)
+
+
+AttentionInterface.register(ATTENTION_NAME, lookagain_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, lookagain_mask)
+
+
+def _bounds(mask: Tensor, queries: int, keys: int) -> tuple[Tensor | None, Tensor | None]:
+    """(key_start, key_length) of each row from a padding mask or from the last query's row."""
+    if mask.dim() == 2:
+        return mask.int().argmax(-1).to(torch.int32), None
+    last = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] > -1.0
+    start = last.int().argmax(-1)
+    length = last.shape[-1] - last.flip(-1).int().argmax(-1)
+    return start.to(torch.int32), length.to(torch.int32)
+
+
+class RoutedAttention(nn.Module):
+    """Grouped-query self-attention that can see visual tokens again.
+
+    For authors of models and frameworks. Called without a `visual_context` it is plain causal
+    attention; with one, queries also see the re-injected visual tokens at their shifted rotary
+    positions, in the same softmax (COPY and ROUTE of Qwen Look Again, arXiv 2505.23558).
+    Parameters are named as in transformers' Qwen models.
+
+    Args:
+        hidden_size: width of the hidden states.
+        num_attention_heads: query heads H_q.
+        num_key_value_heads: key heads H_kv, a divisor of H_q; default H_q.
+        head_dim: D, a multiple of 8 up to 256; default hidden_size / H_q.
+        layer_idx: which layer of a cache this is.
+        qkv_bias: whether the three input projections have a bias (Qwen2 has, Qwen3 has not).
+        qk_norm_eps: normalise queries and keys with this epsilon (Qwen3); None: do not.
+        rope_theta: base of the rotary embedding, used when `position_embeddings` are not given.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: if the heads do not divide.
+
+    Example:
+        >>> attention = RoutedAttention(64, 4, 2)
+        >>> hidden = torch.randn(1, 10, 64)
+        >>> spans = torch.tensor([[[2, 4]]])  # keys 2 to 5 are an image
+        >>> context = VisualContext.from_spans(spans, attention.inv_freq)
+        >>> context = context.reinject(torch.tensor([True]), shift=6, start=8)
+        >>> out, _ = attention(hidden, visual_context=context)
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        layer_idx: int = 0,
+        qkv_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        rope_theta: float = 10000.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_key_value_heads = num_key_value_heads or num_attention_heads
+        if num_attention_heads % num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, got "
+                f"{num_attention_heads} and {num_key_value_heads}"
+            )
+        if head_dim is None and hidden_size % num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads when head_dim is not "
+                f"given, got {hidden_size} and {num_attention_heads}"
+            )
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.layer_idx = layer_idx
+        self.scaling = self.head_dim**-0.5
+        made = {"device": device, "dtype": dtype}
+        queries = num_attention_heads * self.head_dim
+        keys = num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden_size, queries, bias=qkv_bias, **made)
+        self.k_proj = nn.Linear(hidden_size, keys, bias=qkv_bias, **made)
+        self.v_proj = nn.Linear(hidden_size, keys, bias=qkv_bias, **made)
+        self.o_proj = nn.Linear(queries, hidden_size, bias=False, **made)
+        self.q_norm = self.k_norm = None
+        if qk_norm_eps is not None:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=qk_norm_eps, **made)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=qk_norm_eps, **made)
+        self._set_frequencies(rope_theta, device)
+
+    @classmethod
+    def from_hf(cls, attention: nn.Module) -> RoutedAttention:
+        """The same attention as a Hugging Face layer's, sharing its parameters.
+
+        Args:
+            attention: `self_attn` of a decoder layer with `q_proj`, `k_proj`, `v_proj`, `o_proj`
+                (and `q_norm`, `k_norm` where the family has them).
+
+        Raises:
+            TypeError: if a projection is missing.
+            ValueError: if it uses a sliding window.
+
+        Example:
+            >>> layer.self_attn = RoutedAttention.from_hf(layer.self_attn)
+        """
+        names = ("q_proj", "k_proj", "v_proj", "o_proj")
+        if missing := [name for name in names if not hasattr(attention, name)]:
+            raise TypeError(f"{type(attention).__name__} has no {', '.join(missing)}")
+        if getattr(attention, "sliding_window", None):
+            raise ValueError("sliding-window attention is not supported")
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        for name in names:
+            setattr(module, name, getattr(attention, name))
+        module.q_norm = getattr(attention, "q_norm", None)
+        module.k_norm = getattr(attention, "k_norm", None)
+        module.head_dim = attention.head_dim
+        module.layer_idx = getattr(attention, "layer_idx", 0)
+        module.scaling = getattr(attention, "scaling", attention.head_dim**-0.5)
+        rope = getattr(getattr(attention, "config", None), "rope_parameters", None) or {}
+        device = attention.q_proj.weight.device
+        module._set_frequencies(rope.get("rope_theta", 10000.0), device)
+        return module.train(attention.training)
+
+    def _set_frequencies(self, theta: float, device: torch.device | str | None) -> None:
+        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
+        self.register_buffer("inv_freq", theta ** (-steps / self.head_dim), persistent=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **keywords: Any,  # noqa: ANN401 - what a model hands to all its layers
+    ) -> tuple[Tensor, None]:
+        """Attend; the signature is that of transformers' attention modules.
+
+        Args:
+            hidden_states: [B, L, hidden_size].
+            attention_mask: padding, see `lookagain_attention`; causality needs no mask.
+            position_ids: integer [B, L], read when `position_embeddings` is None; default: counted
+                on from the cache.
+            past_key_values: a cache, written in place.
+            position_embeddings: (cos, sin), each [B, L, D], NeoX layout.
+            **keywords: `visual_context`, `key_start` int32 [B], `key_length` int32 [B],
+                `visual_mass` float32 [B, H_kv, L_c] (added to in place); others are ignored.
+
+        Returns:
+            ([B, L, hidden_size], None).
+        """
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if position_embeddings is None:
+            position_embeddings = self._rotary(hidden_states, position_ids, past_key_values)
+        cos, sin = (part.unsqueeze(2) for part in position_embeddings)
+        query, key = _turn(query, cos, sin).transpose(1, 2), _turn(key, cos, sin).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+            layer = past_key_values.layers[self.layer_idx]
+            if isinstance(layer, LookAgainLayer) and keywords.get("key_length") is None:
+                keywords["key_length"] = layer.lengths
+        out, _ = lookagain_attention(
+            self, query, key, value, attention_mask, self.scaling, **keywords
+        )
+        return self.o_proj(out.flatten(2)), None
+
+    def _rotary(
+        self, hidden: Tensor, position_ids: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        if position_ids is None:
+            past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+            position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None] + past
+        angle = position_ids[..., None].float() * self.inv_freq
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos().to(hidden.dtype), angle.sin().to(hidden.dtype)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

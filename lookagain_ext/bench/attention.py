@@ -1,0 +1,262 @@
+"""The attention ops against torch's SDPA and against what they replace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from .measure import Comparison, Row, Timing, read_bandwidth
+from .problems import MODELS, Problem, rotating
+
+SHAPE = MODELS["qwen2.5-vl-7b"]
+
+
+def sdpa_candidates(causal: bool) -> dict[str, object]:
+    """Torch's SDPA as its users call it: with grouped heads, and with keys expanded before."""
+
+    def grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
+
+    def expanded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+
+    return {"grouped": grouped, "expanded": expanded}
+
+
+def check(found: Tensor, expected: Tensor) -> None:
+    """A benchmark of a wrong result is worthless."""
+    tolerance = 4 * torch.finfo(found.dtype).eps ** (0.5 if found.dtype == torch.float32 else 1)
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+def decode(quick: bool) -> Iterator[Row]:
+    """One query, long cache: against SDPA and against the machine's read bandwidth."""
+    goals = {torch.bfloat16: 20.0, torch.float32: 1.5}
+    for dtype, goal in goals.items():
+        for keys in (4096, 32768) if quick else (4096, 16384, 32768):
+            problem = Problem(SHAPE, dtype, keys)
+            buffers = problem.buffers()
+            sdpa = sdpa_candidates(causal=False)
+            check(ops.routed_attention(*buffers[0]), sdpa["expanded"](*buffers[0]))
+            read = read_bandwidth()
+            comparison = Comparison(
+                {
+                    "ours": rotating(ops.routed_attention, buffers),
+                    "read": read,
+                    **{name: rotating(call, buffers) for name, call in sdpa.items()},
+                },
+                budget=2 if quick else 6,
+            )
+            best = comparison.fastest(*sdpa)
+            ratio = comparison.ratio("ours", best)
+            seconds = comparison.timing("ours").p50
+            rate = problem.cache_bytes / seconds
+            limit = 512 * 2**20 / comparison.timing("read").p20
+            name = f"decode {_short(dtype)} L={keys}"
+            yield _row(name, f"SDPA ({best})", ratio, seconds, 1 / goal, _speedup(goal))
+            # The share is taken per round, so that both sides had the same neighbours.
+            share = comparison.ratio("read", "ours")
+            factor = problem.cache_bytes / (512 * 2**20)
+            yield Row(
+                f"{name}, share of read bandwidth",
+                f"reading 512 MiB at {limit / 1e9:.1f} GB/s",
+                share.p50 * factor,
+                share.p20 * factor,
+                share.p80 * factor,
+                seconds * 1e3,
+                ">= 0.85",
+                share.p50 * factor >= 0.85,
+                f"{rate / 1e9:.1f} GB/s of keys and values",
+            )
+
+
+def decode_mass(quick: bool) -> Iterator[Row]:
+    """What reading out the attention on visual tokens adds to a decode."""
+    mass = torch.zeros(1, SHAPE.key_heads, 1024)
+    for keys in (4096, 32768):
+        problem = Problem(SHAPE, torch.bfloat16, keys, visual_tokens=1024)
+        buffers, visual = problem.buffers(), problem.visual()
+        comparison = Comparison(
+            {
+                "plain": rotating(lambda q, k, v: ops.routed_attention(q, k, v), buffers),
+                "mass": rotating(
+                    lambda q, k, v, c=visual: ops.routed_attention(q, k, v, c, visual_mass=mass),
+                    buffers,
+                ),
+            },
+            budget=2 if quick else 6,
+        )
+        ratio, seconds = comparison.ratio("mass", "plain"), comparison.timing("mass").p50
+        name = f"decode bf16 L={keys} with visual_mass, 1024 visual tokens"
+        yield _row(name, "without", ratio, seconds, 1.03, "<= 1.03x")
+
+
+def decode_reinjections(quick: bool) -> Iterator[Row]:
+    """Four COPY re-injections of 1024 tokens in 4096 keys."""
+    for dtype in (torch.bfloat16, torch.float32):
+        problem = Problem(SHAPE, dtype, 4096, visual_tokens=1024, reinjections=4)
+        buffers, visual = problem.buffers(), problem.visual()
+        appended = [_append(problem, *buffer) for buffer in buffers]
+        check(ops.routed_attention(*buffers[0], visual), ops.routed_attention(*appended[0]))
+        comparison = Comparison(
+            {
+                "none": rotating(ops.routed_attention, buffers),
+                "virtual": rotating(
+                    lambda q, k, v, c=visual: ops.routed_attention(q, k, v, c), buffers
+                ),
+                "rows": rotating(ops.routed_attention, appended),
+            },
+            budget=2 if quick else 6,
+        )
+        seconds = comparison.timing("virtual").p50
+        name = f"decode {_short(dtype)} L=4096, 4 x COPY of 1024"
+        ratio = comparison.ratio("virtual", "none")
+        yield _row(name, "no re-injection", ratio, seconds, 1.35, "<= 1.35x")
+        ratio = comparison.ratio("virtual", "rows")
+        yield _row(name, "4096 physically appended rows, our kernel", ratio, seconds, 1.0, "< 1.0x")
+
+
+def _append(
+    problem: Problem, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    visual = problem.visual()
+    extra = problem.visual_tokens * problem.reinjections
+    length = torch.full((problem.batch,), problem.keys, dtype=torch.int32)
+    caches = []
+    for cache in (key, value):
+        larger = cache.new_empty(*cache.shape[:2], problem.keys + extra, cache.shape[-1])
+        larger[:, :, : problem.keys] = cache
+        caches.append(larger)
+    for number in range(problem.reinjections):
+        shift = visual.shift[:, number].contiguous()
+        ops.append_visual_(*caches, length, visual.spans, shift, visual.inv_freq)
+    return query, *caches
+
+
+def prefill(quick: bool) -> Iterator[Row]:
+    """Causal forward, and forward with backward, as in a prefill and in training."""
+    goals = {torch.bfloat16: 2.5, torch.float32: 1.0}
+    for dtype, goal in goals.items():
+        for length in (1024,) if quick else (1024, 4096):
+            problem = Problem(SHAPE, dtype, length, queries=length)
+            inputs = problem.tensors()
+            sdpa = sdpa_candidates(causal=True)
+            check(ops.routed_attention(*inputs), sdpa["expanded"](*inputs))
+            budget = 3 if quick else 12
+            calls = {"ours": ops.routed_attention, **sdpa}
+            for training in (False, True):
+                comparison = Comparison(
+                    {
+                        name: partial(_forward_backward, call, inputs, training)
+                        for name, call in calls.items()
+                    },
+                    budget=budget,
+                )
+                best = comparison.fastest(*sdpa)
+                ratio, seconds = comparison.ratio("ours", best), comparison.timing("ours").p50
+                kind = "training forward + backward" if training else "prefill"
+                flop = 2 * 2 * SHAPE.query_heads * SHAPE.head_dim * length**2 / 2
+                flop *= 3.5 if training else 1
+                name = f"{kind} {_short(dtype)} L={length}"
+                note = f"{flop / seconds / 1e9:.0f} GFLOP/s"
+                yield _row(name, f"SDPA ({best})", ratio, seconds, 1 / goal, _speedup(goal), note)
+
+
+def _forward_backward(call: object, inputs: tuple[Tensor, ...], training: bool) -> None:
+    if not training:
+        with torch.no_grad():
+            call(*inputs)
+        return
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    call(*leaves).sum().backward()
+
+
+def training_reinjections(quick: bool) -> Iterator[Row]:
+    """A training step's attention with two COPY re-injections against the plain step."""
+    length, tokens = 1024, 256
+    inputs = Problem(SHAPE, torch.bfloat16, length, queries=length).tensors()
+    front = Problem(SHAPE, torch.bfloat16, length, queries=512, visual_tokens=tokens)
+    visual = front.visual()
+    for begin in (512, 768):
+        visual = visual.reinject(torch.ones(1, dtype=torch.bool), begin, begin)
+    comparison = Comparison(
+        {
+            "plain": lambda: _forward_backward(ops.routed_attention, inputs, True),
+            "again": lambda: _forward_backward(
+                lambda q, k, v: ops.routed_attention(q, k, v, visual), inputs, True
+            ),
+        },
+        budget=3 if quick else 8,
+    )
+    plain = length**2 / 2
+    extra = tokens * ((length - 512) + (length - 768))
+    yield _row(
+        f"training step's attention bf16 L={length}, 2 x COPY of {tokens}",
+        "no re-injection",
+        comparison.ratio("again", "plain"),
+        comparison.timing("again").p50,
+        None,
+        "",
+        f"{1 + extra / plain:.2f}x the FLOP",
+    )
+
+
+def append(quick: bool) -> Iterator[Row]:
+    """append_visual_ against gather, rotate and cat in torch."""
+    from ..reference import rotate
+
+    problem = Problem(SHAPE, torch.bfloat16, 8192)
+    _, key, value = problem.tensors()
+    spans = torch.tensor([[[16, 1024]]], dtype=torch.int32)
+    shift = torch.tensor([5000], dtype=torch.int32)
+    half = SHAPE.head_dim // 2
+    inv_freq = 1e6 ** -(torch.arange(half) / half)
+    room_key, room_value = torch.cat([key, key], 2), torch.cat([value, value], 2)
+
+    def ours() -> None:
+        length = torch.tensor([8192], dtype=torch.int32)
+        ops.append_visual_(room_key, room_value, length, spans, shift, inv_freq)
+
+    def by_torch() -> tuple[Tensor, Tensor]:
+        turned = rotate(key[:, :, 16:1040], shift[:, None, None], inv_freq).to(key.dtype)
+        return torch.cat([key, turned], 2), torch.cat([value, value[:, :, 16:1040]], 2)
+
+    ours()
+    expected = by_torch()
+    check(room_key[:, :, : 8192 + 1024], expected[0])
+    comparison = Comparison({"ours": ours, "torch": by_torch}, budget=2 if quick else 5)
+    ratio, seconds = comparison.ratio("ours", "torch"), comparison.timing("ours").p50
+    moved = 4 * 1024 * SHAPE.key_heads * SHAPE.head_dim * 2
+    note = f"{moved / seconds / 1e9:.1f} GB/s read and written"
+    yield _row(
+        "append_visual_ bf16, 1024 tokens to 8192", "gather + rotate + cat", ratio, seconds,
+        None, "", note,
+    )  # fmt: skip
+
+
+def _row(
+    name: str,
+    against: str,
+    ratio: Timing,
+    seconds: float,
+    most: float | None,
+    goal: str,
+    note: str = "",
+) -> Row:
+    met = None if most is None else ratio.p50 <= most
+    return Row(name, against, ratio.p50, ratio.p20, ratio.p80, seconds * 1e3, goal, met, note)
+
+
+def _speedup(goal: float) -> str:
+    return f"<= {1 / goal:.3g}x"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]

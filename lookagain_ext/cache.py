@@ -1,0 +1,191 @@
+"""A key/value cache that is allocated once, written in place, and whose rows differ in length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+_GROWTH = 256
+"""Slots that a growing cache adds at least, so that it seldom moves."""
+
+
+class LookAgainLayer(CacheLayerMixin):
+    """The keys and values of one decoder layer.
+
+    Attributes:
+        keys: [B, H_kv, capacity, D]; slots from `lengths[b]` on are unused.
+        values: [B, H_kv, capacity, D].
+        lengths: int32 [B], used slots of each row, left padding and re-injected rows included.
+        seen: int64 [], tokens fed so far, re-injected rows not counted.
+    """
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, max_length: int | None, reserve: int) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.reserve = reserve
+        self.is_compileable = max_length is not None
+        self.tokens = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the batch, heads, dtype and device of the first keys and values."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, heads, new, size = key_states.shape
+        capacity = self.max_length or new + _GROWTH
+        shape = (batch, heads, capacity + self.reserve)
+        self.keys = key_states.new_zeros(*shape, size)
+        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.rows = torch.arange(batch, device=self.device)[:, None]
+        if self.max_length is not None and not torch.compiler.is_compiling():
+            for tensor in (self.keys, self.values, self.lengths, self.seen, self.rows):
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *_: object,
+        **__: object,
+    ) -> tuple[Tensor, Tensor]:
+        """Write new keys and values at the end of each row, in place.
+
+        Args:
+            key_states: [B, H_kv, n, D].
+            value_states: [B, H_kv, n, D].
+
+        Returns:
+            (keys, values), each [B, H_kv, slots, D], with room for all that rows may hold: read
+            `lengths` slots of each row.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[2]
+        if self.max_length is None:
+            self._make_room(new)
+        elif self.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_room(new)
+        slots = self.lengths[:, None] + torch.arange(new, device=self.device)
+        self.keys.transpose(1, 2)[self.rows, slots] = key_states.transpose(1, 2)
+        self.values.transpose(1, 2)[self.rows, slots] = value_states.transpose(1, 2)
+        self.lengths += new
+        self.seen += new
+        if self.max_length is None:
+            used = self.tokens + self.reserve
+            return self.keys[:, :, :used], self.values[:, :, :used]
+        return self.keys, self.values
+
+    def _make_room(self, new: int) -> None:
+        self.tokens += new
+        missing = self.tokens + self.reserve - self.keys.shape[2]
+        if missing > 0:
+            room = (0, 0, 0, max(missing, self.keys.shape[2] // 2, _GROWTH))
+            self.keys = torch.nn.functional.pad(self.keys, room)
+            self.values = torch.nn.functional.pad(self.values, room)
+
+    def _check_room(self, new: int) -> None:
+        used, capacity = int(self.lengths.max()), self.keys.shape[2]
+        if used + new > capacity:
+            raise ValueError(
+                f"the cache is full: {used} of {capacity} slots are used and {new} more are "
+                "needed; make it with a larger max_length"
+            )
+
+    def get_seq_length(self) -> Tensor | int:
+        """Tokens fed so far; re-injected rows do not count. A tensor when the size is fixed."""
+        if not self.is_initialized:
+            return 0
+        return self.tokens if self.max_length is None else self.seen
+
+    def get_max_length(self) -> int:
+        """Tokens that fit besides the reserve, or -1 when the cache grows."""
+        return -1 if self.max_length is None else self.max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(slots, offset) for transformers' mask functions."""
+        if self.is_initialized and self.max_length is not None:
+            return self.keys.shape[2], 0
+        return (self.max_length or self.tokens + query_length) + self.reserve, 0
+
+    def reset(self) -> None:
+        """Forget everything; the buffers stay."""
+        if self.is_initialized:
+            self.lengths.zero_()
+            self.seen.zero_()
+            self.tokens = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i become what row `beam_idx[i]` was."""
+        self._pick(beam_idx.to(self.device))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows."""
+        self._pick(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self._pick(self.rows[:, 0].repeat_interleave(repeats))
+
+    def _pick(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            self.keys, self.values = self.keys[indices], self.values[indices]
+            self.lengths = self.lengths[indices]
+            self.rows = torch.arange(self.lengths.shape[0], device=self.device)[:, None]
+
+    def row(self, number: int) -> LookAgainLayer:
+        """A view of one row: what is written to it is written here."""
+        view = LookAgainLayer(self.keys.shape[2], 0)
+        view.dtype, view.device = self.dtype, self.device
+        part = slice(number, number + 1)
+        view.keys, view.values = self.keys[part], self.values[part]
+        view.lengths, view.rows = self.lengths[part], self.rows[:1]
+        view.seen = self.lengths[number].long()
+        view.is_initialized = True
+        return view
+
+
+class LookAgainCache(Cache):
+    """A cache for models that look again: preallocated, in place, each row with its own length.
+
+    Give it to `generate(past_key_values=...)` or to a model. With `max_length` it never moves,
+    and `generate` can compile the decoder; without, it grows in steps.
+
+    Args:
+        num_layers: layers of the decoder.
+        max_length: tokens that a row can hold, prompt and answer; None grows as needed.
+        reserve: further slots for re-injected rows (`backend="append"` or "reencode");
+            look_again raises it to max_reinjections times the visual tokens of the largest row,
+            as long as nothing has been allocated.
+
+    Raises:
+        ValueError: if a size is not positive.
+    """
+
+    def __init__(self, num_layers: int, max_length: int | None = None, reserve: int = 0) -> None:
+        for name, value, least in (
+            ("num_layers", num_layers, 1),
+            ("max_length", max_length, 1),
+            ("reserve", reserve, 0),
+        ):
+            if value is not None and (type(value) is not int or value < least):
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        super().__init__(layers=[LookAgainLayer(max_length, reserve) for _ in range(num_layers)])
+
+    def set_reserve(self, reserve: int) -> None:
+        """Reserve slots for re-injected rows, as long as nothing has been allocated yet."""
+        for layer in self.layers:
+            if not layer.is_initialized:
+                layer.reserve = max(layer.reserve, reserve)
+
+    def lengths(self) -> Tensor:
+        """int32 [B], used slots of each row, re-injected rows included."""
+        return self.layers[0].lengths
+
+    def row(self, number: int) -> Cache:
+        """A cache of one row that writes into this one; its tokens count as re-injected."""
+        return Cache(layers=[layer.row(number) for layer in self.layers])

@@ -1,0 +1,1 @@
+"""What stands behind each subcommand of `lookagain`; loaded when it is called."""

@@ -1,0 +1,137 @@
+"""Where the visual tokens of a batch lie, at which rotary positions, and where its rows begin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .visual import VisualContext
+
+
+@dataclass(frozen=True)
+class VisualLayout:
+    """The visual tokens of a batch of sequences.
+
+    Attributes:
+        spans: int32 [B, S, 2], (first key index, length) of each run of visual tokens.
+        num_visual: int32 [B], visual tokens of each row.
+        max_visual: L_c, those of the largest row.
+        first_position: int64 [B], rotary position at which the row's visual block begins.
+        extent: int64 [B], rotary positions that the block takes: max - min + 1 over time, height
+            and width; 0 without visual tokens.
+        key_start: int32 [B], first key index that is not padding, or None when nothing is padded.
+        grids: for each row, the (t, h, w) grids of its runs, in tokens.
+    """
+
+    spans: Tensor
+    num_visual: Tensor
+    max_visual: int
+    first_position: Tensor
+    extent: Tensor
+    key_start: Tensor | None
+    grids: list[list[tuple[int, int, int]]]
+
+    def context(self, inv_freq: Tensor) -> VisualContext:
+        """A visual context of these tokens, without re-injections."""
+        return VisualContext.from_spans(self.spans, inv_freq)
+
+
+def visual_layout(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor | None,
+    visual_token_ids: tuple[int, ...],
+) -> VisualLayout:
+    """Find the visual tokens of a batch.
+
+    Reads the batch on the host once: call it when a sequence begins, not at every step.
+
+    Args:
+        input_ids: int64 [B, L].
+        position_ids: int64 [3 or 4, B, L]; the last three are time, height and width.
+        attention_mask: [B, L], 0 on padding, or None.
+        visual_token_ids: placeholder ids of images and videos.
+
+    Raises:
+        ValueError: if a mask has holes, or visual tokens carry plain text positions (the sign of
+            missing `mm_token_type_ids`).
+    """
+    device = input_ids.device
+    visual = torch.isin(input_ids, torch.tensor(visual_token_ids, device=device)).cpu()
+    places = position_ids[-3:].cpu()
+    runs = [_runs(row) for row in visual]
+    spans = torch.zeros(len(runs), max(map(len, runs)), 2, dtype=torch.int32)
+    first = torch.zeros(len(runs), dtype=torch.int64)
+    extent = torch.zeros(len(runs), dtype=torch.int64)
+    grids = []
+    for row, found in enumerate(runs):
+        if found:
+            spans[row, : len(found)] = torch.tensor(found, dtype=torch.int32)
+            taken = places[:, row, visual[row]]
+            first[row] = taken.min()
+            extent[row] = taken.max() - taken.min() + 1
+        grids.append([_grid(places[:, row, at : at + count], row) for at, count in found])
+    count = spans[..., 1].sum(-1, dtype=torch.int32)
+    return VisualLayout(
+        spans.to(device),
+        count.to(device),
+        int(count.max()),
+        first.to(device),
+        extent.to(device),
+        key_starts(attention_mask),
+        grids,
+    )
+
+
+def key_starts(attention_mask: Tensor | None) -> Tensor | None:
+    """First key index of each row that is not padding.
+
+    Args:
+        attention_mask: [B, L], 0 on padding, or None.
+
+    Returns:
+        int32 [B], or None when no row is padded on the left.
+
+    Raises:
+        ValueError: if the mask is not two-dimensional or has holes between tokens.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask must have shape [B, L], got {list(attention_mask.shape)}; "
+            "look_again makes its own causal mask"
+        )
+    kept = attention_mask.bool()
+    if bool(kept.all()):
+        return None
+    first = kept.int().argmax(-1)
+    last = kept.shape[1] - 1 - kept.flip(-1).int().argmax(-1)
+    if bool((kept.sum(-1) != last - first + 1).any()):
+        raise ValueError("attention_mask has holes: pad rows on one side only")
+    return first.to(torch.int32)
+
+
+def _runs(visual: Tensor) -> list[tuple[int, int]]:
+    """(first index, length) of each run of True in a bool [L] on the host."""
+    edges = torch.diff(visual.int(), prepend=torch.zeros(1, dtype=torch.int32))
+    starts = (edges == 1).nonzero().flatten().tolist()
+    ends = (edges == -1).nonzero().flatten().tolist()
+    ends += [len(visual)] * (len(starts) - len(ends))
+    return [(start, end - start) for start, end in zip(starts, ends, strict=True)]
+
+
+def _grid(places: Tensor, row: int) -> tuple[int, int, int]:
+    """Token grid of one run, read from its positions [3, n]; (n, 1, 1) if it is no grid."""
+    count = places.shape[1]
+    if count > 1 and bool((places[0] == places[1]).all() and (places[1] == places[2]).all()):
+        raise ValueError(
+            f"the visual tokens of row {row} have plain text positions: was mm_token_type_ids "
+            "left out? Pass everything the processor returns."
+        )
+    height, width = ((places[axis].max() - places[axis].min() + 1).item() for axis in (1, 2))
+    if count % (height * width):
+        return (count, 1, 1)
+    return (count // (height * width), height, width)

@@ -1,0 +1,103 @@
+"""Argument checks shared by the ops: each names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..visual import VisualContext
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(
+    name: str,
+    tensor: object,
+    shape: tuple[int | None, ...],
+    dtype: torch.dtype | None,
+    like: Tensor,
+) -> None:
+    """Raise unless `tensor` has the shape (None = any size), the dtype and the device of `like`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    fits = tensor.dim() == len(shape) and all(
+        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like the others, got {tensor.device}")
+
+
+def check_attention(query: object, key: object, value: object | None) -> None:
+    """Raise unless query, key and value are the heads of one grouped-query attention."""
+    for name, tensor in (("query", query), ("key", key)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have shape [B, H, L, D], got {list(tensor.shape)}")
+    if query.dtype not in _DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise TypeError(f"query must be one of {names}, got {query.dtype}")
+    batch, heads, _, size = query.shape
+    check_tensor("key", key, (batch, None, None, size), query.dtype, query)
+    kv_heads = key.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"query must have a multiple of key's {kv_heads} heads, got {heads} heads")
+    if value is not None:
+        check_tensor("value", value, tuple(key.shape), query.dtype, query)
+
+
+def check_kernel_layout(**tensors: Tensor) -> None:
+    """Raise unless the head size suits the kernels and the last axes are contiguous."""
+    for name, tensor in tensors.items():
+        size = tensor.shape[-1]
+        if size % 8 or not 8 <= size <= 256:
+            raise ValueError(f"{name} must have a head size of 8, 16, … 256, got {size}")
+        if tensor.stride(-1) != 1 and size > 1:
+            raise ValueError(
+                f"{name} must be contiguous in its last axis, got strides {list(tensor.stride())}"
+            )
+
+
+def check_rows(name: str, tensor: Tensor | None, like: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless `tensor` is None or holds one value of `dtype` for each row of `like`."""
+    if tensor is not None:
+        check_tensor(name, tensor, (like.shape[0],), dtype, like)
+
+
+def check_visual(visual: object, like: Tensor) -> None:
+    """Raise unless `visual` is a context for the rows, head size and device of `like`."""
+    if not isinstance(visual, VisualContext):
+        raise TypeError(f"visual must be a VisualContext, got {type(visual).__name__}")
+    batch, again = like.shape[0], visual.shift.shape[-1]
+    check_tensor("visual.spans", visual.spans, (batch, None, 2), torch.int32, like)
+    check_inv_freq("visual.inv_freq", visual.inv_freq, like)
+    check_tensor("visual.shift", visual.shift, (batch, again), torch.int32, like)
+    check_tensor("visual.start", visual.start, (batch, again), torch.int32, like)
+    if visual.selected is not None:
+        check_tensor("visual.selected", visual.selected, (batch, again, None), torch.bool, like)
+
+
+def check_inv_freq(name: str, inv_freq: Tensor, like: Tensor) -> None:
+    """Raise unless there is at most one frequency for each pair of features of `like`."""
+    check_tensor(name, inv_freq, (None,), torch.float32, like)
+    if 2 * inv_freq.shape[0] > like.shape[-1]:
+        raise ValueError(
+            f"{name} must have at most {like.shape[-1] // 2} frequencies for head size "
+            f"{like.shape[-1]}, got {inv_freq.shape[0]}"
+        )
+
+
+def check_scale(scale: float | None, size: int) -> float:
+    """The softmax scale, 1 / sqrt(head size) by default."""
+    if scale is None:
+        return size**-0.5
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    return float(scale)

@@ -1,0 +1,106 @@
+"""COPY and ROUTE as real cache rows: gather, turn from the original, write at each row's end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._native import native, use_kernels
+from ._checks import check_inv_freq, check_kernel_layout, check_rows, check_tensor
+
+
+def append_visual_(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key_length: Tensor,
+    spans: Tensor,
+    shift: Tensor,
+    inv_freq: Tensor,
+    *,
+    selected: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> None:
+    """Append each row's visual tokens to its cache once more, at shifted rotary positions.
+
+    In place: for each row b, keys and values of its (selected) visual tokens are gathered from
+    the cache, the keys turned by `shift[b]`, and both written from slot `key_length[b]` on, in
+    visual order; `key_length[b]` grows by their number. Rows that do not take part keep every
+    bit. Keys are always turned from the original span, so repeated calls do not drift.
+
+    Args:
+        key_cache: [B, H_kv, capacity, D], changed in place; any strides with a contiguous last
+            axis.
+        value_cache: [B, H_kv, capacity, D], changed in place.
+        key_length: int32 [B], filled slots of each row, changed in place.
+        spans: int32 [B, S, 2], (first key index, length) of each run of visual keys.
+        shift: int32 [B], rotary offset of the new sighting.
+        inv_freq: float32 [rotary_dim / 2], the model's inverse frequencies (NeoX layout).
+        selected: bool [B, L_c], the tokens to append; None appends all.
+        rows: bool [B], the rows to append to; None takes all.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if a shape, device, layout or span does not fit, or a row has no room; then
+            nothing is written.
+        ExtensionError: if the C++ extension is missing.
+    """
+    if not isinstance(key_cache, Tensor):
+        raise TypeError(f"key_cache must be a tensor, got {type(key_cache).__name__}")
+    if key_cache.dim() != 4 or not key_cache.is_floating_point():
+        raise ValueError(
+            "key_cache must be a floating tensor [B, H_kv, capacity, D], "
+            f"got {key_cache.dtype} {list(key_cache.shape)}"
+        )
+    batch = key_cache.shape[0]
+    check_tensor("value_cache", value_cache, tuple(key_cache.shape), key_cache.dtype, key_cache)
+    check_tensor("key_length", key_length, (batch,), torch.int32, key_cache)
+    check_tensor("spans", spans, (batch, None, 2), torch.int32, key_cache)
+    check_tensor("shift", shift, (batch,), torch.int32, key_cache)
+    check_inv_freq("inv_freq", inv_freq, key_cache)
+    check_rows("rows", rows, key_cache, torch.bool)
+    if selected is not None:
+        check_tensor("selected", selected, (batch, None), torch.bool, key_cache)
+    if not use_kernels(key_cache.device.type):
+        reference.append_visual_(
+            key_cache, value_cache, key_length, spans, shift, inv_freq, selected=selected, rows=rows
+        )
+        return
+    check_kernel_layout(key_cache=key_cache, value_cache=value_cache)
+    call = torch.ops.lookagain.append_visual_ if torch.compiler.is_compiling() else _forward
+    call(key_cache, value_cache, key_length, spans, shift, inv_freq, selected, rows)
+
+
+def _forward(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key_length: Tensor,
+    spans: Tensor,
+    shift: Tensor,
+    inv_freq: Tensor,
+    selected: Tensor | None,
+    rows: Tensor | None,
+) -> None:
+    native().append_visual_(
+        key_cache,
+        value_cache,
+        key_length,
+        spans,
+        shift,
+        inv_freq,
+        selected,
+        rows,
+        torch.get_num_threads(),
+    )
+
+
+_op = torch.library.custom_op(
+    "lookagain::append_visual_",
+    _forward,
+    mutates_args=("key_cache", "value_cache", "key_length"),
+)
+
+
+@_op.register_fake
+def _(key_cache: Tensor, *_: object) -> None:
+    return None

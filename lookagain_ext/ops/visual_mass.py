@@ -1,0 +1,133 @@
+"""How much ranges of queries attended each visual token, apart from the attention itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._native import native, use_kernels
+from ..visual import VisualContext
+from ._checks import (
+    check_attention,
+    check_kernel_layout,
+    check_rows,
+    check_scale,
+    check_tensor,
+    check_visual,
+)
+
+
+def visual_mass(
+    query: Tensor,
+    key: Tensor,
+    visual: VisualContext,
+    rows: Tensor,
+    *,
+    scale: float | None = None,
+    key_start: Tensor | None = None,
+    key_length: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Attention probability on each visual token, summed over ranges of queries.
+
+    For training and prefill; while decoding, `routed_attention` gives it in the same pass. Not
+    differentiated. The same inputs give the same bits.
+
+    Args:
+        query: [B, H_q, L_q, D], as given to `routed_attention`.
+        key: [B, H_kv, L_k, D].
+        visual: spans and re-injections; L_c is the width of `selected` or the largest row.
+        rows: int32 [B, T, 2], half-open ranges (first, end) of key indices of queries.
+        scale: factor on the logits; default 1 / sqrt(D).
+        key_start: int32 [B], first key of each row; default 0.
+        key_length: int32 [B], keys in each row; default L_k.
+        lse: float32 [B, H_q, L_q], the log-sum-exp that `routed_attention` returned for the same
+            inputs; computed when None.
+
+    Returns:
+        float32 [B, T, H_kv, L_c]: over each range, the probability on each visual token, all its
+        sightings together, summed over the query heads of each group.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if a shape, device, layout or index does not fit; the message names it.
+        ExtensionError: if the C++ extension is missing.
+    """
+    check_attention(query, key, None)
+    check_visual(visual, query)
+    scale = check_scale(scale, query.shape[-1])
+    check_tensor("rows", rows, (query.shape[0], None, 2), torch.int32, query)
+    check_rows("key_start", key_start, query, torch.int32)
+    check_rows("key_length", key_length, query, torch.int32)
+    if lse is not None:
+        check_tensor("lse", lse, tuple(query.shape[:3]), None, query)
+        if lse.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"lse must be torch.float32, got {lse.dtype}")
+    if not use_kernels(query.device.type):
+        return reference.visual_mass(
+            query,
+            key,
+            visual,
+            rows,
+            scale=scale,
+            key_start=key_start,
+            key_length=key_length,
+            lse=lse,
+        )
+    check_kernel_layout(query=query, key=key)
+    if lse is not None:
+        lse = lse.to(torch.float64 if query.dtype == torch.float64 else torch.float32).contiguous()
+    if visual.selected is not None:
+        width = visual.selected.shape[-1]
+    else:
+        width = int(visual.num_visual().max()) if visual.spans.numel() else 0
+    fields = (visual.spans, visual.inv_freq, visual.shift, visual.start, visual.selected)
+    call = torch.ops.lookagain.visual_mass if torch.compiler.is_compiling() else _forward
+    return call(
+        query.detach(), key.detach(), rows, width, lse, key_start, key_length, *fields, scale
+    )
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    width: int,
+    lse: Tensor | None,
+    key_start: Tensor | None,
+    key_length: Tensor | None,
+    spans: Tensor,
+    inv_freq: Tensor,
+    shift: Tensor,
+    start: Tensor,
+    selected: Tensor | None,
+    scale: float,
+) -> Tensor:
+    mass = _output(query, key, rows, width)
+    native().visual_mass(
+        query,
+        key,
+        lse,
+        rows,
+        mass,
+        key_start,
+        key_length,
+        spans,
+        inv_freq,
+        shift,
+        start,
+        selected,
+        scale,
+        torch.get_num_threads(),
+    )
+    return mass
+
+
+def _output(query: Tensor, key: Tensor, rows: Tensor, width: int, *_: object) -> Tensor:
+    shape = (query.shape[0], rows.shape[1], key.shape[1], width)
+    return query.new_zeros(shape, dtype=torch.float32)
+
+
+_op = torch.library.custom_op("lookagain::visual_mass", _forward, mutates_args=())
+_op.register_fake(_output)

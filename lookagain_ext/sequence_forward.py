@@ -1,0 +1,158 @@
+"""The decoder's forward of whole sequences, with every re-injection in place at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import LookAgainConfig
+from .layer_routing import LayerRouting, MassProbe, select_after
+from .models import Family
+from .reencode import Expansion, is_sharded
+from .sequence import Sequence
+from .trace import Trace
+from .visual import VisualContext
+
+_KEPT = (
+    "inputs_embeds",
+    "position_ids",
+    "attention_mask",
+    "visual_pos_masks",
+    "deepstack_visual_embeds",
+)
+
+
+class SequenceForward:
+    """One forward of whole sequences under look_again.
+
+    Args:
+        family: the model.
+        config: how to look again.
+        sequence: the reflections in it.
+    """
+
+    def __init__(self, family: Family, config: LookAgainConfig, sequence: Sequence) -> None:
+        self.family = family
+        self.config = config
+        self.sequence = sequence
+        self.selected: Tensor | None = None
+        self.mass: Tensor | None = None
+        self.expansion: Expansion | None = None
+
+    def trace(self) -> Trace:
+        """The reflections of the sequences."""
+        return self.sequence.trace(self.selected, self.mass)
+
+    def prepare(self, keywords: dict[str, Any]) -> dict[str, Any]:
+        """Keywords for the decoder, from those that the base model calls it with."""
+        sequence, config = self.sequence, self.config
+        extra: dict[str, Any] = {"key_start": sequence.layout.key_start}
+        passes = self._agreed_passes()
+        if passes:
+            self._route(keywords, passes)
+        if not sequence.num_columns:
+            return {**keywords, **extra}
+        if config.routes and config.route_scope == "layer":
+            extra["layer_routing"] = LayerRouting(
+                config.route_ratio,
+                sequence.layout.num_visual,
+                sequence.rows,
+                sequence.layout.max_visual,
+            )
+        if config.backend == "reencode":
+            self.expansion = Expansion.of(sequence, self.selected, sequence.num_columns)
+            return {**self.expansion.inputs(keywords), **extra}
+        extra["visual_context"] = sequence.context(
+            self.family.inv_freq(), self.selected, sequence.num_columns
+        )
+        return {**keywords, **extra}
+
+    def finish(self, output: Any) -> Any:  # noqa: ANN401 - a model output
+        """The decoder's output, in the length of the sequence."""
+        if self.expansion is None:
+            return output
+        expansion, self.expansion = self.expansion, None
+        output.last_hidden_state = expansion.restore(output.last_hidden_state)
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(map(expansion.restore, output.hidden_states))
+        return output
+
+    def _agreed_passes(self) -> int:
+        """Passes that ROUTE by the whole model needs: one for each re-injection.
+
+        Processes that share parameters must run the same number: the largest any of them needs.
+        """
+        if not self.config.routes or self.config.route_scope != "model":
+            return 0
+        passes = self.sequence.num_columns
+        if torch.distributed.is_initialized() and is_sharded(self.family.decoder):
+            most = torch.tensor([passes], device=self.sequence.index.device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            passes = int(most)
+        return passes
+
+    @torch.no_grad()
+    def _route(self, keywords: dict[str, Any], passes: int) -> None:
+        """Choose the tokens of each re-injection by a pass that has those before it.
+
+        A pass ends at the last token that any row has before its re-injection.
+        """
+        sequence = self.sequence
+        batch, columns = sequence.index.shape
+        shape = (batch, columns, sequence.layout.max_visual)
+        self.selected = torch.zeros(shape, dtype=torch.bool, device=sequence.index.device)
+        self.mass = torch.zeros(shape, device=sequence.index.device)
+        share = self.family.num_layers * self.family.num_attention_heads
+        for number in range(columns):
+            rows = sequence.rows[:, number]
+            count = (rows[:, 1] - rows[:, 0]).clamp(min=1)
+            total = self._pass(keywords, number, int(rows[:, 1].max()))
+            self.mass[:, number] = total / (share * count[:, None])
+            self.selected[:, number] = select_after(
+                total, self.config.route_ratio, sequence.layout.num_visual, rows[:, 1] > rows[:, 0]
+            )
+        for _ in range(passes - columns):
+            self._decode(_kept(keywords))
+
+    def _decode(self, kept: dict[str, Any], **extra: Any) -> None:  # noqa: ANN401 - as the decoder
+        self.family.decoder(
+            **kept | {"input_ids": None, "use_cache": False},
+            key_start=self.sequence.layout.key_start,
+            **extra,
+        )
+
+    def _pass(self, keywords: dict[str, Any], number: int, end: int) -> Tensor:
+        """float32 [B, L_c]: visual mass of the tokens before re-injection `number`."""
+        sequence, inv_freq = self.sequence, self.family.inv_freq()
+        kept = _kept(keywords)
+        rows, fold = sequence.rows[:, number : number + 1].contiguous(), None
+        if self.config.backend == "reencode":
+            expansion = Expansion.of(sequence, self.selected, number)
+            rows, fold = expansion.ranges(rows[:, 0]), expansion.fold
+            context = VisualContext.from_spans(expansion.spans, inv_freq)
+            kept = expansion.inputs(kept)
+        else:
+            selected = self.selected if number else None
+            context = sequence.context(inv_freq, selected, number)
+            kept = _shortened(kept, end) | {"position_ids": sequence.positions[..., :end]}
+        width = self.mass.shape[-1] if fold is None else fold.shape[-1]
+        total = self.mass.new_zeros(*rows.shape[:2], width)
+        self._decode(kept, visual_context=context, mass_probe=MassProbe(rows, total))
+        total = total.sum(1)
+        return (
+            total if fold is None else torch.zeros_like(self.mass[:, 0]).scatter_add(1, fold, total)
+        )
+
+
+def _kept(keywords: dict[str, Any]) -> dict[str, Any]:
+    """What a pass without gradient needs of the decoder's keywords."""
+    kept = {name: keywords[name] for name in _KEPT if keywords.get(name) is not None}
+    return kept | {"inputs_embeds": kept["inputs_embeds"].detach()}
+
+
+def _shortened(keywords: dict[str, Any], end: int) -> dict[str, Any]:
+    """The decoder's keywords for the first `end` tokens, which hold all visual ones."""
+    names = ("inputs_embeds", "attention_mask", "visual_pos_masks")
+    return {name: value[:, :end] if name in names else value for name, value in keywords.items()}

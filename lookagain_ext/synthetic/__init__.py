@@ -1,0 +1,1 @@
+"""Rendered scenes with known answers, and the tiny model that is trained on them."""

@@ -1,0 +1,1 @@
+"""Training: supervised fine-tuning with visual re-injection in the forward pass."""

@@ -1,0 +1,150 @@
+"""The attention function and the RoutedAttention module."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_inputs, tiny_model
+from torch import nn
+from transformers import DynamicCache
+
+from lookagain_ext.attention import RoutedAttention, lookagain_attention, lookagain_mask
+from lookagain_ext.cache import LookAgainCache
+from lookagain_ext.visual import VisualContext
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_from_hf_is_the_layer(family):
+    """Swapped into an unpatched model: with its masks, its padding and its cache."""
+    model, inputs = tiny_model(family), tiny_inputs([[3, (2, 3), 4], [2, (1, 3), 3]])
+    expected = model(**inputs).logits
+    answer = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    for layer in model.model.language_model.layers:
+        before = layer.self_attn
+        layer.self_attn = RoutedAttention.from_hf(before)
+        assert layer.self_attn.q_proj.weight is before.q_proj.weight
+        assert set(layer.self_attn.state_dict()) == set(before.state_dict())
+    kept = inputs["attention_mask"].bool()
+    torch.testing.assert_close(model(**inputs).logits[kept], expected[kept], **CLOSE)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), answer)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    again = model.generate(**inputs, max_new_tokens=6, do_sample=False, **static)
+    assert torch.equal(again, answer)
+
+
+@pytest.mark.parametrize("norm", [None, 1e-6])
+def test_plain_module_is_causal_attention(norm):
+    torch.manual_seed(0)
+    module = RoutedAttention(48, 6, 2, 8, qkv_bias=True, qk_norm_eps=norm, dtype=torch.float64)
+    hidden = torch.randn(2, 7, 48, dtype=torch.float64)
+    out, weights = module(hidden)
+    assert weights is None and out.shape == (2, 7, 48)
+
+    def heads(projection, normalise):
+        x = projection(hidden).view(2, 7, -1, 8)
+        return (x if normalise is None else normalise(x)).transpose(1, 2)
+
+    angle = torch.arange(7.0)[:, None] * module.inv_freq
+    turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex128)
+
+    def turned(x):
+        pairs = torch.complex(*x.chunk(2, -1)) * turn
+        return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+    expected = nn.functional.scaled_dot_product_attention(
+        turned(heads(module.q_proj, module.q_norm)),
+        turned(heads(module.k_proj, module.k_norm)),
+        heads(module.v_proj, None),
+        is_causal=True,
+        enable_gqa=True,
+    )
+    expected = module.o_proj(expected.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, lambda: LookAgainCache(1), None])
+@torch.no_grad()
+def test_reinjection_in_a_module_of_ones_own(make):
+    """A re-injection equals its keys and values written out; steps with a cache equal one call."""
+    torch.manual_seed(0)
+    module = RoutedAttention(32, 4, 2, dtype=torch.float64)
+    hidden = torch.randn(1, 10, 32, dtype=torch.float64)
+    plain = VisualContext.from_spans(torch.tensor([[[2, 4]]]), module.inv_freq)
+    context = plain.reinject(torch.tensor([True]), shift=6, start=8)
+    # Tokens 2 to 5 come again before token 8, at positions 8 to 11; token 8 moves to position 12.
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 12, 13]])
+    mass = torch.zeros(1, 2, 4)
+    whole, _ = module(hidden, position_ids=positions, visual_context=context, visual_mass=mass)
+    written = torch.cat([hidden[:, :8], hidden[:, 2:6], hidden[:, 8:]], dim=1)
+    expected, _ = module(written, position_ids=torch.arange(14)[None])
+    torch.testing.assert_close(whole[:, 8:], expected[:, 12:], **CLOSE)
+    without, _ = module(hidden, position_ids=positions)
+    assert (without[:, 8:] - whole[:, 8:]).abs().max() > 1e-3
+    assert 0 < float(mass.sum()) < 40
+    if make is not None:
+        cache, parts = make(), []
+        for first, end in ((0, 6), (6, 8), (8, 9), (9, 10)):
+            out, _ = module(
+                hidden[:, first:end],
+                position_ids=positions[:, first:end],
+                past_key_values=cache,
+                visual_context=context,
+            )
+            parts.append(out)
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, **CLOSE)
+
+
+def test_example_of_the_docstring():
+    names = {"torch": torch, "VisualContext": VisualContext, "RoutedAttention": RoutedAttention}
+    exec(
+        "\n".join(
+            example.source
+            for example in doctest.DocTestParser().get_examples(RoutedAttention.__doc__)
+        ),
+        names,
+    )
+    assert names["out"].shape == (1, 10, 64) and names["context"].num_reinjections == 1
+
+
+def test_module_refuses():
+    with pytest.raises(ValueError, match="multiple of num_key_value_heads, got 4 and 3"):
+        RoutedAttention(32, 4, 3)
+    with pytest.raises(ValueError, match="multiple of num_attention_heads"):
+        RoutedAttention(30, 4)
+    with pytest.raises(TypeError, match="Linear has no q_proj, k_proj, v_proj, o_proj"):
+        RoutedAttention.from_hf(nn.Linear(2, 2))
+
+
+def test_mask_keeps_two_dimensions_and_the_width_of_the_cache():
+    assert lookagain_mask(kv_length=8) is None
+    mask = torch.tensor([[False, True, True]])
+    assert lookagain_mask(kv_length=3, attention_mask=mask) is mask
+    wide = lookagain_mask(kv_length=5, attention_mask=mask)
+    assert wide.tolist() == [[False, True, True, True, True]]
+
+
+@pytest.mark.parametrize("form", ["padding", "bool", "float"])
+def test_function_reads_padding_from_any_mask(form):
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 5, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 2, 5, 8, dtype=torch.float64)
+    padding = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    full = padding[:, None, None] & torch.ones(5, 5).tril().bool()
+    mask = {
+        "padding": padding,
+        "bool": full,
+        "float": torch.where(full, 0.0, torch.finfo(torch.float32).min),
+    }[form]
+    out, _ = lookagain_attention(nn.Identity(), query, key, value, mask)
+    expected = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=full, enable_gqa=True
+    ).transpose(1, 2)
+    torch.testing.assert_close(out[padding], expected[padding], **CLOSE)
+    with pytest.raises(ValueError, match="dropout"):
+        lookagain_attention(nn.Identity(), query, key, value, dropout=0.1)
