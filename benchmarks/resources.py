@@ -1,8 +1,9 @@
-"""What the compiler makes of each CUDA kernel: registers, spills, and the instructions it should use.
+"""What the compiler makes of each CUDA kernel: registers, spills, the instructions it should use.
 
-`python -m benchmarks.resources` compiles every kernel for each architecture (no GPU needed), compares
-with the kept table and fails where a kernel got worse; `--update` keeps what was found. Needs nvcc, and
-cuobjdump and nvdisasm for the instructions (`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`).
+`python -m benchmarks.resources` compiles every kernel for each architecture, which needs no GPU,
+compares with the kept table and fails where a kernel got worse; `--update` keeps what was found.
+Needs nvcc, and for the instructions cuobjdump and nvdisasm
+(`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What only an emulated GPU can show of the CUDA kernels: how work is cut, and in which order it runs.
+"""What only an emulated GPU shows of the CUDA kernels: how work is cut, in which order it runs.
 
 The kernels' results are tested where the ops are, by the same bodies as on the CPU.
 """
