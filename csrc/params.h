@@ -22,6 +22,15 @@ struct HeadsView {
   int64_t row_stride = 0;
 };
 
+// How the rows of a batch lie in a cache. Null: key and value are [B, H_kv, L_k, D]. Else they are
+// [blocks, H_kv, block_size, D], batch_stride lies between blocks, and L_k is the table's width
+// times block_size; see core/paging.h.
+struct PagedCache {
+  const int32_t* block_table = nullptr;  // [B, blocks of a row], -1: unused
+  int64_t block_table_stride = 0;
+  int64_t block_size = 0;
+};
+
 struct VisualParams {
   const int32_t* spans = nullptr;  // [B, S, 2], (first key, length)
   int64_t num_spans = 0;
@@ -35,7 +44,7 @@ struct VisualParams {
   int64_t selected_stride = 0;
 };
 
-struct AttentionSizes {
+struct AttentionSizes : PagedCache {
   DType dtype = DType::kFloat32;
   int64_t batch = 0;
   int64_t query_heads = 0;
@@ -76,7 +85,7 @@ struct VisualMassParams : AttentionSizes {
   VisualParams visual;
 };
 
-struct AppendVisualParams {
+struct AppendVisualParams : PagedCache {
   DType dtype = DType::kFloat32;
   int64_t batch = 0;
   int64_t key_heads = 0;
