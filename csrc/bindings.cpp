@@ -8,6 +8,7 @@
 #include <string>
 
 #include "checks.h"
+#include "core/visual.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/routing.h"
@@ -55,9 +56,10 @@ TensorView query_view(py::handle query) {
   return view;
 }
 
-TensorView key_view(py::handle key, const TensorView& query) {
-  TensorView view =
-      checked_view("key", key, query.dtype, {query.shape[0], kAny, kAny, query.shape[3]});
+// [B, H_kv, L_k, D], or a paged cache [blocks, H_kv, block_size, D].
+TensorView key_view(py::handle key, const TensorView& query, bool paged = false) {
+  const int64_t rows = paged ? kAny : query.shape[0];
+  TensorView view = checked_view("key", key, query.dtype, {rows, kAny, kAny, query.shape[3]});
   if (view.shape[1] == 0 || query.shape[1] % view.shape[1] != 0) {
     throw py::value_error("query must have a multiple of key's " + to_string(view.shape[1]) +
                           " heads, got " + to_string(query.shape[1]));
@@ -67,6 +69,25 @@ TensorView key_view(py::handle key, const TensorView& query) {
                           to_string(view.shape[2]));
   }
   return view;
+}
+
+// Every slot that a call reads must lie in a block that is in use: a row's keys, and visual tokens
+// before its key_start that it sees again.
+void check_blocks_read(const BlockTable& table, const RowLimits& limits,
+                       const VisualParams& visual) {
+  for (int64_t row = 0; row < table.rows; ++row) {
+    const int64_t begin = limits.key_start[row], end = limits.key_length[row];
+    table.check_in_use(row, begin, end, "read");
+    bool seen_again = false;
+    for (int64_t r = 0; r < visual.num_reinjections; ++r) {
+      seen_again = seen_again || visual.start[row * visual.num_reinjections + r] < end;
+    }
+    if (!seen_again) continue;
+    for_each_visual_run(row_spans(visual, row), visual.num_spans, 0, begin,
+                        [&](int64_t first, int64_t, int64_t length) {
+                          table.check_in_use(row, first, first + length, "read");
+                        });
+  }
 }
 
 void check_scale(double scale) {
@@ -94,18 +115,24 @@ void* lse_data(py::handle lse, const TensorView& query) {
 void routed_attention(py::object query, py::object key, py::object value, py::object out,
                       py::object lse, py::object mass, py::object mass_from, py::object key_start,
                       py::object key_length, py::object spans, py::object inv_freq,
-                      py::object shift, py::object start, py::object selected, double scale,
-                      int num_threads) {
-  const TensorView q = query_view(query), k = key_view(key, q);
-  const int64_t batch = q.shape[0], keys = k.shape[2], dim = q.shape[3];
+                      py::object shift, py::object start, py::object selected,
+                      py::object block_table, double scale, int num_threads) {
+  const TensorView q = query_view(query), k = key_view(key, q, !block_table.is_none());
+  const BlockTable table(block_table, k, q.shape[0]);
+  const int64_t batch = q.shape[0], keys = table.capacity, dim = q.shape[3];
+  if (!block_table.is_none() && key_length.is_none()) {
+    throw py::value_error("block_table needs key_length, got None");
+  }
   check_scale(scale);
   const RowLimits limits(key_start, key_length, batch, keys);
   RoutedAttentionParams p;
   static_cast<AttentionSizes&>(p) = attention_sizes(q, k, scale, num_threads, limits);
+  static_cast<PagedCache&>(p) = table.pages;
+  p.keys = keys;
   p.query = heads_view("query", q);
   p.key = heads_view("key", k);
-  p.value =
-      heads_view("value", checked_view("value", value, q.dtype, {batch, k.shape[1], keys, dim}));
+  p.value = heads_view(
+      "value", checked_view("value", value, q.dtype, {k.shape[0], k.shape[1], k.shape[2], dim}));
   p.out =
       heads_view("out", checked_output("out", out, q.dtype, {batch, q.shape[1], q.shape[2], dim}));
   p.lse = lse_data(lse, q);
@@ -127,6 +154,7 @@ void routed_attention(py::object query, py::object key, py::object value, py::ob
   const VisualArguments visual(spans, inv_freq, shift, start, selected, batch, keys, dim,
                                num_visual, limits.key_length);
   p.visual = visual.params;
+  check_blocks_read(table, limits, p.visual);
   if (visual.max_visual == 0) p.mass = nullptr;
   const CpuKernels& kernels = cpu_kernels(q.dtype);
   py::gil_scoped_release release;
@@ -230,16 +258,19 @@ void select_tokens(py::object mass, double ratio, py::object num_visual, py::obj
 
 void append_visual(py::object key_cache, py::object value_cache, py::object key_length,
                    py::object spans, py::object shift, py::object inv_freq, py::object selected,
-                   py::object rows, int num_threads) {
+                   py::object rows, py::object block_table, int num_threads) {
   const TensorView k = view_of("key_cache", key_cache);
   if (k.ndim != 4 || !is_floating(k.dtype)) {
-    throw py::value_error("key_cache must be a floating tensor [B, H_kv, capacity, D], got " +
-                          std::string(dtype_name(k.dtype)) + " " + shape_text(k));
+    throw py::value_error("key_cache must be a floating tensor [B, H_kv, capacity, D] (paged: " +
+                          std::string("[num_blocks, H_kv, block_size, D]), got ") +
+                          dtype_name(k.dtype) + " " + shape_text(k));
   }
   const std::initializer_list<int64_t> shape = {k.shape[0], k.shape[1], k.shape[2], k.shape[3]};
   checked_output("key_cache", key_cache, k.dtype, shape);
-  const int64_t batch = k.shape[0], capacity = k.shape[2];
+  const BlockTable table(block_table, k, kAny);
+  const int64_t batch = table.rows, capacity = table.capacity;
   AppendVisualParams p;
+  static_cast<PagedCache&>(p) = table.pages;
   p.dtype = k.dtype;
   p.batch = batch;
   p.key_heads = k.shape[1];
@@ -283,8 +314,8 @@ void append_visual(py::object key_cache, py::object value_cache, py::object key_
     }
     count[b] = check_row_spans(p.spans + b * p.num_spans * 2, p.num_spans, b, length[b],
                                "key_length", num_visual);
-    if (p.selected != nullptr) {
-      const uint8_t* chosen = p.selected + b * p.selected_stride;
+    const uint8_t* chosen = p.selected == nullptr ? nullptr : p.selected + b * p.selected_stride;
+    if (chosen != nullptr) {
       const int64_t tokens = count[b];
       count[b] = 0;
       for (int64_t t = 0; t < tokens; ++t) count[b] += chosen[t] != 0;
@@ -295,6 +326,15 @@ void append_visual(py::object key_cache, py::object value_cache, py::object key_
                             " visual tokens are to be appended, its capacity is " +
                             to_string(capacity));
     }
+    if (p.block_table == nullptr) continue;
+    for_each_visual_run(p.spans + b * p.num_spans * 2, p.num_spans, 0, length[b],
+                        [&](int64_t first, int64_t token, int64_t tokens) {
+                          for (int64_t n = 0; n < tokens; ++n) {
+                            if (chosen != nullptr && !chosen[token + n]) continue;
+                            table.check_in_use(b, first + n, first + n + 1, "read");
+                          }
+                        });
+    table.check_in_use(b, length[b], length[b] + count[b], "written");
   }
   const CpuKernels& kernels = cpu_kernels(k.dtype);
   py::gil_scoped_release release;

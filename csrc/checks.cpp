@@ -76,8 +76,8 @@ static std::vector<int32_t> row_values(const char* name, py::handle tensor, int6
   for (size_t row = 0; row < values.size(); ++row) {
     if (values[row] < 0 || values[row] > keys) {
       throw py::value_error(std::string(name) + " must lie in 0 … " + to_string(keys) +
-                            " (the length of key), got " + to_string(values[row]) + " in row " +
-                            to_string(row));
+                            " (L_k, the slots of a row), got " + to_string(values[row]) +
+                            " in row " + to_string(row));
     }
   }
   return values;
@@ -86,6 +86,46 @@ static std::vector<int32_t> row_values(const char* name, py::handle tensor, int6
 RowLimits::RowLimits(py::handle start, py::handle length, int64_t batch, int64_t keys)
     : key_start(row_values("key_start", start, batch, keys, 0)),
       key_length(row_values("key_length", length, batch, keys, keys)) {}
+
+BlockTable::BlockTable(py::handle table, const TensorView& cache, int64_t batch)
+    : rows(cache.shape[0]), capacity(cache.shape[2]) {
+  if (table.is_none()) return;
+  const TensorView view = checked_view("block_table", table, DType::kInt32, {batch, kAny});
+  const int64_t num_blocks = cache.shape[0], block_size = cache.shape[2];
+  rows = view.shape[0];
+  blocks = view.shape[1];
+  if (block_size == 0 || blocks >= INT32_MAX / block_size) {
+    throw py::value_error("block_table must name 0 … 2^31 - 2 slots in each row, got " +
+                          to_string(blocks) + " blocks of " + to_string(block_size) + " slots");
+  }
+  capacity = blocks * block_size;
+  entries.resize(static_cast<size_t>(rows * blocks));
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t n = 0; n < blocks; ++n) {
+      const int32_t entry = view.as<int32_t>()[row * view.stride[0] + n * view.stride[1]];
+      if (entry < -1 || entry >= num_blocks) {
+        throw py::value_error("block_table must hold blocks 0 … " + to_string(num_blocks - 1) +
+                              " of the cache or -1 (unused), got " + to_string(entry) + " in row " +
+                              to_string(row) + ", entry " + to_string(n));
+      }
+      entries[static_cast<size_t>(row * blocks + n)] = entry;
+    }
+  }
+  // Never null, also where no row has a block: null is a cache that is not paged.
+  entries.resize(entries.size() + 1);
+  pages = {entries.data(), blocks, block_size};
+}
+
+void BlockTable::check_in_use(int64_t row, int64_t begin, int64_t end, const char* what) const {
+  if (pages.block_table == nullptr) return;
+  for (int64_t n = begin / pages.block_size; n * pages.block_size < end && begin < end; ++n) {
+    if (pages.block_table[row * blocks + n] >= 0) continue;
+    throw py::value_error("block_table must name a block for every slot that is " +
+                          std::string(what) + ", got -1 (unused) in row " + to_string(row) +
+                          ", entry " + to_string(n) + ", for slots " + to_string(begin) + " … " +
+                          to_string(end - 1));
+  }
+}
 
 int64_t check_row_spans(const int32_t* spans, int64_t num_spans, int64_t row, int64_t limit,
                         const char* limit_name, int64_t num_visual) {
@@ -170,7 +210,7 @@ VisualArguments::VisualArguments(py::handle spans_tensor, py::handle inv_freq,
     const int64_t limit = seen_again ? key_length[row] : keys;
     const int64_t tokens =
         check_row_spans(spans.data() + row * params.num_spans * 2, params.num_spans, row, limit,
-                        seen_again ? "key_length" : "the length of key", num_visual);
+                        seen_again ? "key_length" : "L_k, the slots of a row", num_visual);
     if (tokens > max_visual) max_visual = tokens;
   }
 }

@@ -37,6 +37,22 @@ struct RowLimits {
   RowLimits(pybind11::handle start, pybind11::handle length, int64_t batch, int64_t keys);
 };
 
+// How the slots of a batch's rows lie in a cache; see core/paging.h.
+struct BlockTable {
+  std::vector<int32_t> entries;
+  int64_t rows = 0;      // B
+  int64_t blocks = 0;    // of a row
+  int64_t capacity = 0;  // slots of a row, L_k
+  PagedCache pages;
+
+  // None: `cache` is [B, H_kv, L_k, D]. Else it is [blocks, H_kv, block_size, D]; raises unless
+  // every entry is one of its blocks or -1.
+  BlockTable(pybind11::handle table, const TensorView& cache, int64_t batch);
+
+  // Raises unless all slots of [begin, end) of a row lie in blocks that are in use.
+  void check_in_use(int64_t row, int64_t begin, int64_t end, const char* what) const;
+};
+
 struct VisualArguments {
   std::vector<int32_t> spans, shift, start;
   VisualParams params;

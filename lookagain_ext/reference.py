@@ -46,9 +46,20 @@ def routed_attention(
     key_length: Tensor | None = None,
     visual_mass: Tensor | None = None,
     mass_from: Tensor | None = None,
+    block_table: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`lookagain_ext.ops.routed_attention` in plain PyTorch; see there."""
+    if block_table is not None:
+        start = torch.zeros_like(key_length) if key_start is None else key_start
+        slot = torch.arange(block_table.shape[1] * key.shape[2], device=key.device)
+        read = (slot >= start[:, None]) & (slot < key_length[:, None])
+        if visual is not None:
+            tokens, valid = visual.token_keys()
+            again = (visual.start < key_length[:, None]).any(1)
+            read = read.long().scatter_add(1, tokens, (valid & again[:, None]).long()) > 0
+        _check_block_table(block_table, key, read)
+        key, value = _gather_blocks(key, block_table), _gather_blocks(value, block_table)
     scores = _scores(query, key, visual, scale, key_start, key_length)
     lse = _logsumexp(scores.logits)
     probability = _probability(scores.logits, lse)
@@ -111,15 +122,19 @@ def append_visual_(
     *,
     selected: Tensor | None = None,
     rows: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> None:
     """`lookagain_ext.ops.append_visual_` in plain PyTorch; see there."""
+    table, size = block_table, key_cache.shape[2]
+    if table is None:  # one block for each row
+        table = torch.arange(key_cache.shape[0], device=key_cache.device)[:, None]
     keys, valid = VisualContext.from_spans(spans, inv_freq).token_keys()
     if selected is not None:
         valid = valid & selected[:, : valid.shape[1]]
     if rows is not None:
         valid = valid & rows[:, None]
     count = valid.sum(-1)
-    end, capacity = key_length + count, key_cache.shape[2]
+    end, capacity = key_length + count, table.shape[1] * size
     full = (end > capacity).nonzero()
     if full.numel():
         row = int(full[0])
@@ -127,13 +142,49 @@ def append_visual_(
             f"row {row} of key_cache has no room: it holds {int(key_length[row])} keys, "
             f"{int(count[row])} visual tokens are to be appended, its capacity is {capacity}"
         )
-    for row in range(key_cache.shape[0]):
+    if block_table is not None:
+        slot = torch.arange(capacity, device=key_cache.device)
+        used = (slot >= key_length[:, None]) & (slot < end[:, None])
+        used = used.long().scatter_add(1, keys, valid.long()) > 0
+        _check_block_table(block_table, key_cache, used)
+    for row in range(table.shape[0]):
         source = keys[row, valid[row]]
-        target = slice(int(key_length[row]), int(end[row]))
-        turned = rotate(key_cache[row][:, source], shift[row], inv_freq)
-        key_cache[row, :, target] = turned.to(key_cache.dtype)
-        value_cache[row, :, target] = value_cache[row][:, source]
+        target = torch.arange(int(key_length[row]), int(end[row]), device=source.device)
+        read, write = _places(table[row], source, size), _places(table[row], target, size)
+        turned = rotate(key_cache[read], shift[row], inv_freq)
+        key_cache[write] = turned.to(key_cache.dtype)
+        value_cache[write] = value_cache[read]
     key_length += count.to(key_length.dtype)
+
+
+def _places(blocks: Tensor, slots: Tensor, block_size: int) -> tuple[Tensor, slice, Tensor]:
+    """What takes the slots of one row out of a paged cache, as [slots, H_kv, D]."""
+    return blocks[slots // block_size].long(), slice(None), slots % block_size
+
+
+def _gather_blocks(cache: Tensor, block_table: Tensor) -> Tensor:
+    """The rows of a paged cache, [B, H_kv, blocks · block_size, D]; unused blocks are zero."""
+    if cache.shape[0] == 0:
+        cache = cache.new_zeros(1, *cache.shape[1:])
+    blocks = cache[block_table.clamp(min=0).long()]
+    blocks = blocks.masked_fill((block_table < 0)[..., None, None, None], 0.0)
+    return blocks.transpose(1, 2).flatten(2, 3)
+
+
+def _check_block_table(block_table: Tensor, cache: Tensor, used: Tensor) -> None:
+    """Raise unless entries name blocks, or are -1 where none of the `used` [B, L_k] slots lies."""
+    number, size = cache.shape[0], cache.shape[2]
+    unknown = (block_table < -1) | (block_table >= number)
+    missing = (block_table == -1) & used.unflatten(1, (block_table.shape[1], size)).any(-1)
+    for bad, wanted in (
+        (unknown, f"hold blocks 0 … {number - 1} of the cache or -1 (unused)"),
+        (missing, "name a block for every slot that is read or written"),
+    ):
+        for row, entry in bad.nonzero().tolist()[:1]:
+            raise ValueError(
+                f"block_table must {wanted}, got {int(block_table[row, entry])} in row {row}, "
+                f"entry {entry}"
+            )
 
 
 class _Scores(NamedTuple):

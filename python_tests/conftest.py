@@ -1,7 +1,11 @@
 """Fixtures shared by all tests."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from lookagain_ext._native import native
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -10,6 +14,21 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(request.param)
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512", "avx512_bf16"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each compiled instruction set that this machine has."""
+    module = native()
+    if request.param not in module.build_info()["isas"]:
+        pytest.skip(f"{request.param} is not compiled in")
+    in_use = module.build_info()["isa"]
+    try:
+        module.set_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    module.set_isa(in_use)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case
+from paging import page, paged_problem
 
 from lookagain_ext import VisualContext, ops
 
@@ -103,3 +104,75 @@ def test_compiled_selection_and_append() -> None:
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
     assert results[0][3].tolist() == [15, 11]
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_opcheck_paged(queries: int) -> None:
+    problem, table = paged_problem(Case(queries=queries, keys=24, select=True).make(), 8)
+    for op, mass in (
+        (torch.ops.lookagain.routed_attention.default, ()),
+        (
+            torch.ops.lookagain.routed_attention_mass_.default,
+            (torch.zeros(2, 2, problem.max_visual), problem.mass_from),
+        ),
+    ):
+        torch.library.opcheck(op, (*flat(problem), *mass, 0.2, table))
+
+
+def test_opcheck_paged_append() -> None:
+    cache = torch.randn(9, 2, 8, 16)
+    length = torch.tensor([12, 9], dtype=torch.int32)
+    spans = torch.tensor([[[0, 5]], [[2, 3]]], dtype=torch.int32)
+    shift, inv_freq = torch.tensor([3, 4], dtype=torch.int32), torch.rand(8)
+    table = torch.tensor([[0, 3, 7], [2, 1, -1]], dtype=torch.int32)
+    arguments = (cache, cache.clone(), length, spans, shift, inv_freq, None, None, table)
+    torch.library.opcheck(torch.ops.lookagain.append_visual_.default, arguments)
+
+
+@pytest.mark.parametrize("with_mass", [False, True])
+@pytest.mark.parametrize("queries", [1, 20])
+def test_compiled_paged_attention_is_eager(queries: int, with_mass: bool) -> None:
+    problem, table = paged_problem(Case(queries=queries, keys=24, select=True).make(), 8)
+
+    def step(query, key, value, visual: VisualContext, mass, start, length, table):
+        limits = {"key_start": start, "key_length": length, "block_table": table}
+        out = ops.routed_attention(query * 1.5, key, value, visual, visual_mass=mass, **limits)
+        return out + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    masses = [torch.zeros(2, 2, problem.max_visual) if with_mass else None for _ in range(2)]
+    results = [
+        run(*problem[:4], mass, problem.key_start, problem.key_length, table)
+        for run, mass in zip((step, compiled), masses, strict=True)
+    ]
+    assert torch.equal(*results)
+    assert results[0].isfinite().all()
+    if with_mass:
+        assert torch.equal(*masses)
+        assert masses[0].sum() > 0
+
+
+def test_compiled_paged_append_is_eager() -> None:
+    def step(key, value, length, spans, shift, inv_freq, table):
+        ops.append_visual_(key, value, length, spans, shift, inv_freq, block_table=table)
+
+    problem = Case(keys=30, ragged=False, poison=False).make()
+    spans = torch.tensor([[[0, 5]], [[2, 3]]], dtype=torch.int32)
+    shift = torch.tensor([3, 4], dtype=torch.int32)
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        limits = problem.key_start, problem.key_length
+        paged = page(problem.key, problem.value, *limits, 8, room=8)
+        length = problem.key_length.clone()
+        run(*paged[:2], length, spans, shift, torch.ones(16), paged.block_table)
+        results.append((*(x.nan_to_num(1e9) for x in paged[:2]), length))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    assert results[0][2].tolist() == [35, 33]
+
+
+def test_a_paged_cache_has_no_gradient_in_the_op() -> None:
+    problem, table = paged_problem(Case(keys=24).make(), 8)
+    query, *rest = flat(problem)
+    with pytest.raises(ValueError, match="block_table must be None where gradients are wanted"):
+        torch.ops.lookagain.routed_attention(query.clone().requires_grad_(), *rest, 0.2, table)

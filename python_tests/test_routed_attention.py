@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from cases import DECODE, PREFILL, Case, Problem
@@ -214,21 +212,6 @@ def test_offsets_past_two_to_the_31(queries: int) -> None:
     near, spread = run(problem), run(problem._replace(key=far[0], value=far[1]))
     for one, other in zip(near, spread, strict=True):
         assert torch.equal(one, other)
-
-
-@pytest.fixture(params=["plain", "avx2", "avx512", "avx512_bf16"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each compiled instruction set that this machine has."""
-    module = native()
-    if request.param not in module.build_info()["isas"]:
-        pytest.skip(f"{request.param} is not compiled in")
-    in_use = module.build_info()["isa"]
-    try:
-        module.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    module.set_isa(in_use)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -41,17 +41,18 @@ struct BatchRow {
 // What a thread works in.
 template <typename Tile>
 struct Scratch {
-  typename Tile::Query* queries;  // [1 + R][rows][query_width], plain and turned
-  typename Tile::Key* keys;       // two packed blocks
-  float* logits;                  // [1 + R][rows][kTile]
-  ScoreJob<Tile>* jobs;           // [1 + R][row blocks]
-  float* accumulator;             // [rows][width]
-  float* max;                     // [rows], in units of log 2
-  float* factors;                 // [rows], for what was accumulated before this tile
-  float* sum;                     // [rows][kLanes], to be added up
-  float* turned;                  // [2][kMaxDim]
-  uint64_t* shown;                // [R], keys of the tile that a re-injection shows
-  float** again;                  // [R], its logits [rows][kTile]; null if it shows none
+  typename Tile::Query* queries;            // [1 + R][rows][query_width], plain and turned
+  typename Tile::Key* keys;                 // two packed blocks
+  float* logits;                            // [1 + R][rows][kTile]
+  ScoreJob<Tile>* jobs;                     // [1 + R][row blocks]
+  float* accumulator;                       // [rows][width]
+  float* max;                               // [rows], in units of log 2
+  float* factors;                           // [rows], for what was accumulated before this tile
+  float* sum;                               // [rows][kLanes], to be added up
+  float* turned;                            // [2][kMaxDim]
+  uint64_t* shown;                          // [R], keys of the tile that a re-injection shows
+  float** again;                            // [R], its logits [rows][kTile]; null if it shows none
+  RowList<typename Tile::Storage>* listed;  // [2], this tile and the next, if the cache is paged
 };
 
 // Eight bool bytes as eight bits.

@@ -12,17 +12,17 @@
 // sightings x queries) then use the block. A block is multiplied right after it is packed: the
 // processor then shuffles the next block while the products of this one are still running.
 //
-// `ahead` is the tile of keys or values that this thread reads next: each line that is loaded asks
+// `ahead` are the rows of the tile that this thread reads next: each line that is loaded asks
 // for the line in the same place one tile on. Rows are short and the hardware prefetchers do not
 // follow them: without this a decode from memory takes twice as long, and likewise when
 // the lines are asked for in the first cache instead of the second (measured on Zen 4).
 #pragma once
 
+#include "decode_rows.h"
 #include "simd.h"
 
 LA_NAMESPACE_BEGIN
 
-constexpr int kTile = 64;                       // keys
 constexpr int kMaxRows = kLanes == 16 ? 8 : 6;  // query rows that fit into the registers
 constexpr int kColumns = 2 * kLanes;            // keys or features per inner loop
 constexpr int kMaxDim = 256;                    // larger heads take the plain path
@@ -70,12 +70,13 @@ struct FloatTile {
 
   // `rows` holds the number of keys there are from `keys` on; past them the last one stands in, and
   // its logits are never used.
-  static LA_HD void pack(const Element* keys, int64_t stride, int rows, int features, Key* packed) {
+  template <typename Rows>
+  static LA_HD void pack(Rows keys, int rows, int features, Key* packed) {
     for (int j = 0; j < kColumns; j += kLanes) {
       Vec block[kLanes];
       for (int n = 0; n < kLanes; ++n) {
         const int64_t row = j + n < rows ? j + n : rows - 1;
-        const Element* key = keys + row * stride;
+        const Element* key = keys[row];
         block[n] = features == kLanes ? load(key) : load_first(key, features);
       }
       transpose(block);
@@ -83,12 +84,12 @@ struct FloatTile {
     }
   }
 
-  template <int R>
+  template <int R, typename Rows>
   static LA_HD void multiply(const Query* query, int64_t query_stride, const Key* packed,
-                             int features, Vec (&sum)[R][2], const Element* ahead, int64_t stride) {
+                             int features, Vec (&sum)[R][2], Rows keys) {
     for (int d = 0; d < features; ++d) {
       for (int n = 0; n < kColumns / kFeatures; ++n) {
-        __builtin_prefetch(ahead + (d * (kColumns / kFeatures) + n) * stride, 0, 2);
+        __builtin_prefetch(keys.ahead(d * (kColumns / kFeatures) + n), 0, 2);
       }
       const Vec first = load(packed + d * kColumns);
       const Vec second = load(packed + d * kColumns + kLanes);
@@ -100,19 +101,18 @@ struct FloatTile {
     }
   }
 
-  template <int R>
-  static void add_values(const float* weights, const Element* values, int64_t stride, int count,
-                         int dim, const float* factors, float* accumulator, const Element* ahead) {
+  template <int R, typename Rows>
+  static void add_values(const float* weights, Rows values, int count, int dim,
+                         const float* factors, float* accumulator) {
     const int width = accumulator_stride(dim);
     int d = 0;
     for (; d + kColumns <= dim; d += kColumns) {
-      add_columns<R, 2>(weights, values + d, stride, count, kLanes, factors, accumulator + d, width,
-                        ahead + d);
+      add_columns<R, 2>(weights, values.from(0, d), count, kLanes, factors, accumulator + d, width);
     }
     for (; d < dim; d += kLanes) {
       const int features = dim - d < kLanes ? dim - d : kLanes;
-      add_columns<R, 1>(weights, values + d, stride, count, features, factors, accumulator + d,
-                        width, ahead + d);
+      add_columns<R, 1>(weights, values.from(0, d), count, features, factors, accumulator + d,
+                        width);
     }
   }
 
@@ -122,10 +122,9 @@ struct FloatTile {
   }
 
  private:
-  template <int R, int N>
-  static LA_HD void add_columns(const float* weights, const Element* values, int64_t stride,
-                                int count, int features, const float* factors, float* accumulator,
-                                int width, const Element* ahead) {
+  template <int R, int N, typename Rows>
+  static LA_HD void add_columns(const float* weights, Rows values, int count, int features,
+                                const float* factors, float* accumulator, int width) {
     Vec sum[R][N];
     for (int r = 0; r < R; ++r) {
       const Vec factor = broadcast(factors[r]);
@@ -136,9 +135,9 @@ struct FloatTile {
     for (int j = 0; j < count; ++j) {
       Vec value[N];
       for (int n = 0; n < N; ++n) {
-        const Element* v = values + j * stride + n * kLanes;
+        const Element* v = values[j] + n * kLanes;
         value[n] = features == kLanes ? load(v) : load_first(v, features);
-        prefetch(ahead + j * stride, n * kLanes);
+        prefetch(values.ahead(j), n * kLanes);
       }
       for (int r = 0; r < R; ++r) {
         const Vec weight = broadcast(weights[r * kTile + j]);
@@ -161,10 +160,9 @@ struct ScoreJob {
 
 // logits = scale * <query row, key> for `count` keys and every job. `packed` holds two blocks: the
 // next one is packed before this one is multiplied, so that its shuffles run beside the products.
-template <typename Tile>
-void score_tile(const typename Tile::Storage* keys, int64_t stride, int count, int dim,
-                int64_t query_stride, float scale, const ScoreJob<Tile>* jobs, int num_jobs,
-                typename Tile::Key* packed, const typename Tile::Storage* ahead) {
+template <typename Tile, typename Rows>
+void score_tile(Rows keys, int count, int dim, int64_t query_stride, float scale,
+                const ScoreJob<Tile>* jobs, int num_jobs, typename Tile::Key* packed) {
   constexpr int kFeatures = Tile::kFeatures;
   constexpr int64_t kBlock = kColumns * kFeatures;
   const int steps = (dim + kFeatures - 1) / kFeatures;  // blocks along the features
@@ -172,12 +170,11 @@ void score_tile(const typename Tile::Storage* keys, int64_t stride, int count, i
   auto pack = [&](int block) {
     const int j = block / steps * kColumns, d = block % steps * kFeatures;
     const int features = dim - d < kFeatures ? dim - d : kFeatures;
-    const auto* from = keys + j * stride + d;
     auto* to = packed + block % 2 * kBlock;
     if (count - j >= kColumns && features == kFeatures) {
-      Tile::pack(from, stride, kColumns, kFeatures, to);
+      Tile::pack(keys.from(j, d), kColumns, kFeatures, to);
     } else {
-      Tile::pack(from, stride, count - j, features, to);
+      Tile::pack(keys.from(j, d), count - j, features, to);
     }
   };
   pack(0);
@@ -187,7 +184,6 @@ void score_tile(const typename Tile::Storage* keys, int64_t stride, int count, i
     const int features = dim - d < kFeatures ? dim - d : kFeatures;
     const Vec factor = broadcast(d + kFeatures >= dim ? scale : 1.0f);
     for (int i = 0; i < num_jobs; ++i) {
-      const typename Tile::Storage* next = ahead + j * stride + d;
       with_rows(jobs[i].rows, [&](auto n) {
         constexpr int R = decltype(n)::value;
         float* logits = jobs[i].logits + j;
@@ -197,7 +193,7 @@ void score_tile(const typename Tile::Storage* keys, int64_t stride, int count, i
           sum[r][1] = d == 0 ? zero() : load(logits + r * kTile + kLanes);
         }
         Tile::template multiply<R>(jobs[i].query + d, query_stride, packed + block % 2 * kBlock,
-                                   features, sum, next, stride);
+                                   features, sum, keys.from(j, d));
         for (int r = 0; r < R; ++r) {
           store(logits + r * kTile, mul(sum[r][0], factor));
           store(logits + r * kTile + kLanes, mul(sum[r][1], factor));

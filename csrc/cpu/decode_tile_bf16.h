@@ -29,12 +29,13 @@ struct BFloat16Tile {
     for (int d = 0; d < dim; d += kLanes) store(packed + d, load(row + d));
   }
 
-  static LA_HD void pack(const BFloat16* keys, int64_t stride, int rows, int, Key* packed) {
+  template <typename Rows>
+  static LA_HD void pack(Rows keys, int rows, int, Key* packed) {
     for (int j = 0; j < kColumns; j += kLanes) {
       Vec block[kLanes];
       for (int n = 0; n < kLanes; ++n) {
         const int64_t row = j + n < rows ? j + n : rows - 1;
-        block[n].v = _mm512_loadu_ps(keys + row * stride);
+        block[n].v = _mm512_loadu_ps(keys[row]);
       }
       transpose(block);
       for (int n = 0; n < kLanes; ++n) _mm512_storeu_ps(packed + n * kColumns + j, block[n].v);
@@ -47,12 +48,12 @@ struct BFloat16Tile {
     return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
   }
 
-  template <int R>
+  template <int R, typename Rows>
   static LA_HD void multiply(const Query* query, int64_t query_stride, const Key* packed, int,
-                             Vec (&sum)[R][2], const BFloat16* ahead, int64_t stride) {
+                             Vec (&sum)[R][2], Rows keys) {
     for (int d = 0; d < kFeatures / 2; ++d) {
-      __builtin_prefetch(ahead + 2 * d * stride, 0, 2);
-      __builtin_prefetch(ahead + (2 * d + 1) * stride, 0, 2);
+      __builtin_prefetch(keys.ahead(2 * d), 0, 2);
+      __builtin_prefetch(keys.ahead(2 * d + 1), 0, 2);
       const Key* pairs = packed + d * kColumns;
       const __m512bh first = reinterpret_cast<__m512bh>(_mm512_loadu_si512(pairs));
       const __m512bh second = reinterpret_cast<__m512bh>(_mm512_loadu_si512(pairs + kLanes));
@@ -64,9 +65,9 @@ struct BFloat16Tile {
     }
   }
 
-  template <int R>
-  static void add_values(const float* weights, const BFloat16* values, int64_t stride, int count,
-                         int dim, const float* factors, float* accumulator, const BFloat16* ahead) {
+  template <int R, typename Rows>
+  static void add_values(const float* weights, Rows values, int count, int dim,
+                         const float* factors, float* accumulator) {
     BFloat16 rounded[R * kTile];
     for (int i = 0; i < R * kTile; i += kLanes) store(rounded + i, load(weights + i));
     const int pairs = count / 2;
@@ -88,15 +89,14 @@ struct BFloat16Tile {
         }
       };
       for (int p = 0; p < pairs; ++p) {
-        const BFloat16* value = values + 2 * p * stride + d;
-        prefetch(ahead + 2 * p * stride, d);
-        prefetch(ahead + (2 * p + 1) * stride, d);
-        add(2 * p, _mm512_loadu_si512(value), _mm512_loadu_si512(value + stride));
+        prefetch(values.ahead(2 * p), d);
+        prefetch(values.ahead(2 * p + 1), d);
+        add(2 * p, _mm512_loadu_si512(values[2 * p] + d),
+            _mm512_loadu_si512(values[2 * p + 1] + d));
       }
       // The weight past the last key is 0, and its value row is not read.
       if (count % 2 != 0) {
-        add(count - 1, _mm512_loadu_si512(values + (count - 1) * stride + d),
-            _mm512_setzero_si512());
+        add(count - 1, _mm512_loadu_si512(values[count - 1] + d), _mm512_setzero_si512());
       }
       for (int r = 0; r < R; ++r) {
         for (int n = 0; n < 2; ++n) store(accumulator + r * dim + d + n * kLanes, sum[r][n]);

@@ -1,6 +1,7 @@
 // Calls fn(T{}) with the storage type of a dtype. float64 exists in the plain build only.
 #pragma once
 
+#include "../core/paging.h"
 #include "../core/types.h"
 #include "../params.h"
 
@@ -29,6 +30,13 @@ template <typename T>
 LA_HD T* row_of(const HeadsView& view, int64_t batch, int64_t head, int64_t row) {
   return static_cast<T*>(view.data) + batch * view.batch_stride + head * view.head_stride +
          row * view.row_stride;
+}
+
+// Pointer to slot `slot` of row `batch` of a cache, paged or not.
+template <typename T>
+LA_HD T* slot_of(const HeadsView& view, const PagedCache& pages, int64_t batch, int64_t head,
+                 int64_t slot) {
+  return static_cast<T*>(view.data) + slot_offset(view, pages, batch, head, slot);
 }
 
 LA_NAMESPACE_END

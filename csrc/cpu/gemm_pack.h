@@ -9,6 +9,7 @@
 // Packing costs O(L D) against O(L^2 D) for the products.
 #pragma once
 
+#include "../core/paging.h"
 #include "../core/rotation.h"
 #include "../params.h"
 #include "gemm_tile.h"
@@ -53,6 +54,13 @@ LA_HD const char* row_address(const HeadsView& view, DType dtype, int64_t batch,
   return static_cast<const char*>(view.data) +
          (batch * view.batch_stride + head * view.head_stride + row * view.row_stride) *
              bytes_of(dtype);
+}
+
+// The same for a slot of a cache, paged or not.
+LA_HD const char* slot_address(const HeadsView& view, DType dtype, const PagedCache& pages,
+                               int64_t batch, int64_t head, int64_t slot) {
+  return static_cast<const char*>(view.data) +
+         slot_offset(view, pages, batch, head, slot) * bytes_of(dtype);
 }
 
 // A row in the precision sums are kept in.

@@ -56,7 +56,7 @@ class TileRows {
       const int64_t entry = first_ + offset + n;
       rows[n] = zero;
       if (entry >= list_.count) continue;
-      const char* from = row_address(view_, sizes_.dtype, batch_, head_, list_.key(entry));
+      const char* from = slot_address(view_, sizes_.dtype, sizes_, batch_, head_, list_.key(entry));
       rows[n] = element_row<Lane>(from, sizes_.dtype, sizes_.head_dim, room_ + n * kMaxHeadDim);
     }
   }

@@ -1,11 +1,11 @@
 // append_visual_: writes each row's (selected) visual tokens to the end of its cache once more,
 // keys turned by the row's shift.
 //
-// Layout: key and value [B, H_kv, capacity, D]. Work unit: one (batch row, key head). Token n of
-// the selection goes from its span to slot key_length[b] + n; keys are always turned from the
-// original, so repeated calls do not drift. Source and target never overlap, because spans end at
-// or before key_length. Bytes: 4 D per token and head element size read and written; no FLOP to
-// speak of, so the limit is memory bandwidth.
+// Layout: key and value [B, H_kv, capacity, D], or paged (core/paging.h). Work unit: one (batch
+// row, key head). Token n of the selection goes from its span to slot key_length[b] + n; keys are
+// always turned from the original, so repeated calls do not drift. Source and target never overlap,
+// because spans end at or before key_length. Bytes: 4 D per token and head element size read and
+// written; no FLOP to speak of, so the limit is memory bandwidth.
 #include <cstring>
 
 #include "../core/rotation.h"
@@ -23,21 +23,24 @@ static void append_head(const AppendVisualParams& p, int64_t batch, int64_t head
   const uint8_t* selected =
       p.selected == nullptr ? nullptr : p.selected + batch * p.selected_stride;
   const int32_t* spans = p.spans + batch * p.num_spans * 2;
+  T* const keys = static_cast<T*>(p.key.data);
+  T* const values = static_cast<T*>(p.value.data);
   int64_t target = p.key_length[batch];
   for_each_visual_run(
       spans, p.num_spans, 0, target, [&](int64_t first, int64_t token, int64_t length) {
         for (int64_t n = 0; n < length; ++n) {
           if (selected != nullptr && !selected[token + n]) continue;
-          const T* key = row_of<T>(p.key, batch, head, first + n);
-          T* new_key = row_of<T>(p.key, batch, head, target);
+          const SlotPlace from = place_of(p, batch, first + n), to = place_of(p, batch, target);
+          const T* key = keys + offset_of(p.key, from, head);
+          T* new_key = keys + offset_of(p.key, to, head);
           rotate(
               cosine, sine, p.half, p.head_dim, 1,
               [&](int64_t d) { return static_cast<Real>(to_float(key[d])); },
               [&](int64_t d, Real x) { new_key[d] = from_float<T>(x); });
           // Features past rotary_dim keep every bit, NaN payloads included.
           memcpy(new_key + 2 * p.half, key + 2 * p.half, (p.head_dim - 2 * p.half) * sizeof(T));
-          memcpy(row_of<T>(p.value, batch, head, target),
-                 row_of<T>(p.value, batch, head, first + n), p.head_dim * sizeof(T));
+          memcpy(values + offset_of(p.value, to, head), values + offset_of(p.value, from, head),
+                 p.head_dim * sizeof(T));
           ++target;
         }
       });

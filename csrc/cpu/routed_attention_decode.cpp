@@ -1,9 +1,10 @@
 // routed_attention for few queries (L_q <= 16): every cached key and value is read once.
 //
-// Layout: query, out [B, H_q, L_q, D]; key, value [B, H_kv, L_k, D]. The G query heads of a key
-// head and the L_q queries form rows i * G + g; a re-injection adds the same rows once more, turned
-// by -shift (see core/rotation.h), against the same packed keys. The weights of all sightings of a
-// key are added before its value row is used, so values cost the same for any number of sightings.
+// Layout: query, out [B, H_q, L_q, D]; key, value [B, H_kv, L_k, D] or, with the same tiles and
+// bits, paged (core/paging.h). The G query heads of a key head and the L_q queries form rows
+// i * G + g; a re-injection adds the same rows once more, turned by -shift (see core/rotation.h),
+// against the same packed keys. The weights of all sightings of a key are added before its value
+// row is used, so values cost the same for any number of sightings.
 //
 // Work unit: (batch row, key head, chunk of 512 or more keys); a chunk goes through the online
 // softmax in tiles of 64 keys and leaves (max, sum, accumulator) per row. Chunks depend on the
@@ -88,14 +89,35 @@ class Decode {
 
   int64_t num_units() const { return p_.batch * p_.key_heads * max_chunks_; }
 
+  // A row of the batch and key head, and the chunk of its keys.
+  struct Unit {
+    int64_t b, key_head, chunk;
+    int64_t begin, end;  // no keys unless begin < end
+  };
+
+  // The heads of a chunk follow each other if the cache is paged, because the blocks of a chunk
+  // then lie anywhere in memory and its heads mostly in the same pages of it; else the chunks of a
+  // head.
+  Unit unit_at(int64_t number) const {
+    const int64_t b = number / (p_.key_heads * max_chunks_);
+    const int64_t rest = number % (p_.key_heads * max_chunks_);
+    const bool paged = p_.block_table != nullptr;
+    const int64_t chunk = paged ? rest / p_.key_heads : rest % max_chunks_;
+    const int64_t begin = batch_rows_[b].begin + chunk * chunk_, end = batch_rows_[b].end;
+    return {b, paged ? rest % p_.key_heads : rest / max_chunks_, chunk, begin,
+            begin + chunk_ < end ? begin + chunk_ : end};
+  }
+
   // The next unit that has keys or must be finished.
   int64_t take_unit() {
-    int64_t unit;
+    int64_t number;
     do {
-      unit = __atomic_fetch_add(&next_unit_, 1, __ATOMIC_RELAXED);
-    } while (unit < num_units() &&
-             unit % max_chunks_ >= batch_rows_[unit / max_chunks_ / p_.key_heads].chunks);
-    return unit;
+      number = __atomic_fetch_add(&next_unit_, 1, __ATOMIC_RELAXED);
+      if (number >= num_units()) break;
+      const Unit unit = unit_at(number);
+      if (unit.chunk < batch_rows_[unit.b].chunks) break;
+    } while (true);
+    return number;
   }
 
   void lay_out(Arena& arena) {
@@ -125,6 +147,7 @@ class Decode {
       s.turned = arena.take<float>(2 * kMaxDim);
       s.shown = arena.take<uint64_t>(max_sightings_);
       s.again = arena.take<float*>(max_sightings_);
+      s.listed = arena.take<RowList<Storage>>(p_.block_table == nullptr ? 0 : 2);
       if (arena.has_memory()) scratch_[t] = s;
     }
   }
@@ -150,70 +173,104 @@ class Decode {
     }
   }
 
-  void work(int64_t unit, int64_t following, int thread) {
-    const int64_t head = unit / max_chunks_, chunk = unit % max_chunks_;
-    const int64_t b = head / p_.key_heads, key_head = head % p_.key_heads;
-    const BatchRow& row = batch_rows_[b];
-    const int64_t begin = row.begin + chunk * chunk_;
-    const int64_t end = begin + chunk_ < row.end ? begin + chunk_ : row.end;
+  void work(int64_t number, int64_t following, int thread) {
+    const Unit unit = unit_at(number);
+    const int64_t head = unit.b * p_.key_heads + unit.key_head;
+    const BatchRow& row = batch_rows_[unit.b];
     const Scratch<Tile>& s = scratch_[thread];
-    pack_queries(b, key_head, begin, end, s);
+    pack_queries(unit, s);
     for (int i = 0; i < rows_; ++i) s.max[i] = -INFINITY;
     memset(s.sum, 0, rows_ * kLanes * sizeof(float));
     memset(s.accumulator, 0, rows_ * width_ * sizeof(float));
-    for (int64_t tile = begin; tile < end; tile += kTile) {
-      const int count = static_cast<int>(end - tile < kTile ? end - tile : kTile);
-      const Storage* keys = row_of<const Storage>(p_.key, b, key_head, tile);
-      const Storage* values = row_of<const Storage>(p_.value, b, key_head, tile);
-      const Storage* keys_ahead = keys + kTile * p_.key.row_stride;
-      const Storage* values_ahead = values + kTile * p_.value.row_stride;
-      if (tile + kTile >= end) {
-        keys_ahead = following < num_units() ? first_row(p_.key, following) : keys;
-        values_ahead = following < num_units() ? first_row(p_.value, following) : values;
-      }
-      show(b, tile, count, s);
-      const int jobs = list_jobs(row, s);
-      score_tile<Tile>(keys, p_.key.row_stride, count, dim_, query_width_,
-                       static_cast<float>(p_.scale) * kLog2e, s.jobs, jobs, s.keys, keys_ahead);
-      mask_unseen(b, tile, count, s);
-      for (int i = 0; i < rows_; ++i) raise_max(row, i, s);
-      for (int i = 0; i < rows_; ++i) weigh(row, i, s);
-      if (tokens_ > 0) keep_weights(b, head, tile, count, s);
-      for (int block = 0; block < row_blocks_; ++block) {
-        const int first = first_of_block(block);
-        with_rows(first_of_block(block + 1) - first, [&](auto n) {
-          Tile::template add_values<decltype(n)::value>(
-              s.logits + first * kTile, values, p_.value.row_stride, count, dim_, s.factors + first,
-              s.accumulator + first * width_, block == 0 ? values_ahead : values);
-        });
-      }
+    if (p_.block_table == nullptr) {
+      walk_even(unit, following, s);
+    } else {
+      walk_listed(unit, following, s);
     }
-    finish_chunk(head, chunk, s);
+    finish_chunk(head, unit.chunk, s);
     if (__atomic_add_fetch(&finished_[head], 1, __ATOMIC_ACQ_REL) == row.chunks) {
-      merge(b, key_head);
+      merge(unit.b, unit.key_head);
     }
   }
 
-  const Storage* first_row(const HeadsView& view, int64_t unit) const {
-    const int64_t head = unit / max_chunks_, b = head / p_.key_heads;
-    const int64_t key = batch_rows_[b].begin + unit % max_chunks_ * chunk_;
-    return row_of<const Storage>(view, b, head % p_.key_heads, key);
+  void walk_even(const Unit& unit, int64_t following, const Scratch<Tile>& s) const {
+    using Rows = EvenRows<Storage>;
+    auto row_at = [&](const HeadsView& view, const Unit& at, int64_t slot) {
+      return row_of<const Storage>(view, at.b, at.key_head, slot);
+    };
+    for (int64_t tile = unit.begin; tile < unit.end; tile += kTile) {
+      Unit next = unit;
+      int64_t ahead = tile + kTile;
+      if (ahead >= unit.end) {
+        const bool last = following >= num_units();
+        if (!last) next = unit_at(following);
+        ahead = last ? tile : next.begin;
+      }
+      const int64_t left = unit.end - tile;
+      const Rows keys{row_at(p_.key, unit, tile), row_at(p_.key, next, ahead), p_.key.row_stride};
+      const Rows values{row_at(p_.value, unit, tile), row_at(p_.value, next, ahead),
+                        p_.value.row_stride};
+      attend_tile(unit, tile, static_cast<int>(left < kTile ? left : kTile), keys, values, s);
+    }
+  }
+
+  void walk_listed(const Unit& unit, int64_t following, const Scratch<Tile>& s) const {
+    using Rows = ListedRows<Storage>;
+    RowList<Storage>* now = s.listed;
+    RowList<Storage>* next = s.listed + 1;
+    int count = list_tile(p_, unit.b, unit.key_head, unit.begin, unit.end, now);
+    for (int64_t tile = unit.begin; tile < unit.end; tile += kTile) {
+      int count_ahead = list_tile(p_, unit.b, unit.key_head, tile + kTile, unit.end, next);
+      if (count_ahead == 0 && following < num_units()) {
+        const Unit other = unit_at(following);
+        count_ahead = list_tile(p_, other.b, other.key_head, other.begin, other.end, next);
+      }
+      const RowList<Storage>* ahead = count_ahead == 0 ? now : next;
+      attend_tile(unit, tile, count, Rows{now->keys, ahead->keys, 0},
+                  Rows{now->values, ahead->values, 0}, s);
+      RowList<Storage>* const done = now;
+      now = next;
+      next = done;
+      count = count_ahead;
+    }
+  }
+
+  template <typename Rows>
+  void attend_tile(const Unit& unit, int64_t tile, int count, Rows keys, Rows values,
+                   const Scratch<Tile>& s) const {
+    const int64_t b = unit.b;
+    const BatchRow& row = batch_rows_[b];
+    show(b, tile, count, s);
+    const int jobs = list_jobs(row, s);
+    score_tile<Tile>(keys, count, dim_, query_width_, static_cast<float>(p_.scale) * kLog2e, s.jobs,
+                     jobs, s.keys);
+    mask_unseen(b, tile, count, s);
+    for (int i = 0; i < rows_; ++i) raise_max(row, i, s);
+    for (int i = 0; i < rows_; ++i) weigh(row, i, s);
+    if (tokens_ > 0) keep_weights(b, b * p_.key_heads + unit.key_head, tile, count, s);
+    for (int block = 0; block < row_blocks_; ++block) {
+      const int first = first_of_block(block);
+      with_rows(first_of_block(block + 1) - first, [&](auto n) {
+        Tile::template add_values<decltype(n)::value>(
+            s.logits + first * kTile, block == 0 ? values : values.again(), count, dim_,
+            s.factors + first, s.accumulator + first * width_);
+      });
+    }
   }
 
   // Queries as they are, followed by what each re-injection sees of them if the chunk has visual
   // keys.
-  void pack_queries(int64_t b, int64_t key_head, int64_t begin, int64_t end,
-                    const Scratch<Tile>& s) const {
-    const BatchRow& row = batch_rows_[b];
+  void pack_queries(const Unit& unit, const Scratch<Tile>& s) const {
+    const BatchRow& row = batch_rows_[unit.b];
     bool visual = false;
-    for_each_visual_run(row_spans(p_.visual, b), p_.visual.num_spans, begin, end,
+    for_each_visual_run(row_spans(p_.visual, unit.b), p_.visual.num_spans, unit.begin, unit.end,
                         [&](int64_t, int64_t, int64_t) { visual = true; });
     const int sightings = visual ? row.num_sightings : 0;
     float* plain = s.turned;
     float* turned = s.turned + kMaxDim;
     for (int i = 0; i < rows_; ++i) {
       const Storage* query =
-          row_of<const Storage>(p_.query, b, key_head * group_ + i % group_, i / group_);
+          row_of<const Storage>(p_.query, unit.b, unit.key_head * group_ + i % group_, i / group_);
       for (int d = 0; d < dim_; ++d) plain[d] = to_float(query[d]);
       Tile::pack_query(plain, dim_, s.queries + i * query_width_);
       for (int a = 0; a < sightings; ++a) {
@@ -395,18 +452,6 @@ class Decode {
   float* references_ = nullptr;                        // [B H_kv][tiles][rows]
   Scratch<Tile>* scratch_ = nullptr;
 };
-
-// Visual keys before key_start are seen by re-injections only; no chunk covers them.
-bool visual_before_start(const RoutedAttentionParams& p) {
-  if (p.visual.num_reinjections == 0) return false;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    bool before = false;
-    for_each_visual_run(row_spans(p.visual, b), p.visual.num_spans, 0, p.key_start[b],
-                        [&](int64_t, int64_t, int64_t) { before = true; });
-    if (before) return true;
-  }
-  return false;
-}
 
 template <typename T>
 void decode(const RoutedAttentionParams& p) {

@@ -13,6 +13,18 @@
 
 LA_NAMESPACE_BEGIN
 
+// Visual keys before key_start are seen by re-injections only; no chunk covers them.
+inline bool visual_before_start(const RoutedAttentionParams& p) {
+  if (p.visual.num_reinjections == 0) return false;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    bool before = false;
+    for_each_visual_run(row_spans(p.visual, b), p.visual.num_spans, 0, p.key_start[b],
+                        [&](int64_t, int64_t, int64_t) { before = true; });
+    if (before) return true;
+  }
+  return false;
+}
+
 template <typename T>
 class PlainAttention {
  public:
@@ -85,10 +97,10 @@ class PlainAttention {
     const Real scale = static_cast<Real>(p_.scale);
     OnlineSoftmax<Real> state;
     auto see = [&](const Real* q, int64_t key, int64_t) {
-      const Real logit = scale * dot(q, row_of<T>(p_.key, batch, key_head, key), dim);
+      const Real logit = scale * dot(q, slot_of<T>(p_.key, p_, batch, key_head, key), dim);
       const Real factor = state.raise(logit);
       const Real weight = state.add(logit);
-      const T* value = row_of<T>(p_.value, batch, key_head, key);
+      const T* value = slot_of<T>(p_.value, p_, batch, key_head, key);
       for (int64_t d = 0; d < dim; ++d) {
         accumulated[d] = accumulated[d] * factor + weight * to_float(value[d]);
       }
@@ -113,7 +125,7 @@ class PlainAttention {
     float* mass = p_.mass + batch * p_.mass_batch_stride + key_head * p_.mass_head_stride;
     const Real scale = static_cast<Real>(p_.scale);
     auto add = [&](const Real* q, int64_t key, int64_t token) {
-      const Real logit = scale * dot(q, row_of<T>(p_.key, batch, key_head, key), p_.head_dim);
+      const Real logit = scale * dot(q, slot_of<T>(p_.key, p_, batch, key_head, key), p_.head_dim);
       mass[token] += static_cast<float>(std::exp(logit - lse));
     };
     for_each_visual_run(row_spans(p_.visual, batch), p_.visual.num_spans, p_.key_start[batch],

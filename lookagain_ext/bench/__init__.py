@@ -17,6 +17,7 @@ from .measure import Row, machine
 SUITES: dict[str, Callable[[bool], Iterator[Row]]] = {
     "decode": attention.decode,
     "decode_mass": attention.decode_mass,
+    "decode_paged": attention.decode_paged,
     "decode_reinjections": attention.decode_reinjections,
     "prefill": attention.prefill,
     "training_reinjections": attention.training_reinjections,

@@ -98,6 +98,56 @@ def decode_mass(quick: bool) -> Iterator[Row]:
         yield _row(name, "without", ratio, seconds, 1.03, "<= 1.03x")
 
 
+def decode_paged(quick: bool) -> Iterator[Row]:
+    """A cache in shuffled blocks of 16 slots against the same cache in one piece."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for keys in (4096, 32768):
+            problem = Problem(SHAPE, dtype, keys)
+            dense, length = problem.buffers(), torch.tensor([keys], dtype=torch.int32)
+            call = partial(_decode_blocks, length)
+            candidates = {"dense": rotating(ops.routed_attention, dense)}
+            for layout in ("HND", "NHD"):
+                paged = [(q, *in_blocks(k, v, 16, layout)) for q, k, v in dense]
+                check(call(*paged[0]), ops.routed_attention(*dense[0]))
+                candidates[layout] = rotating(call, paged)
+            comparison = Comparison(candidates, budget=2 if quick else 6)
+            for layout in ("HND", "NHD"):
+                ratio, seconds = comparison.ratio(layout, "dense"), comparison.timing(layout).p50
+                name = f"decode {_short(dtype)} L={keys} in shuffled blocks of 16, {layout}"
+                yield _row(name, "cache in one piece", ratio, seconds, None, "")
+
+
+def _decode_blocks(
+    length: Tensor, query: Tensor, key: Tensor, value: Tensor, block_table: Tensor
+) -> Tensor:
+    return ops.routed_attention(query, key, value, key_length=length, block_table=block_table)
+
+
+def in_blocks(
+    key: Tensor, value: Tensor, block_size: int, layout: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A cache of one row in shuffled blocks.
+
+    Args:
+        key: [1, H_kv, L, D], L a multiple of `block_size`.
+        value: [1, H_kv, L, D].
+        block_size: slots of a block.
+        layout: how a block lies, "HND" ([H_kv, block_size, D]) or "NHD".
+
+    Returns:
+        (key, value, block_table) as `ops.routed_attention` takes them.
+    """
+    order = torch.randperm(key.shape[2] // block_size, generator=torch.Generator().manual_seed(0))
+    axes = (0, 1, 2, 3) if layout == "HND" else (0, 2, 1, 3)
+    caches = []
+    for cache in (key, value):
+        blocks = cache[0].unflatten(1, (-1, block_size)).transpose(0, 1)
+        paged = blocks.new_empty([blocks.shape[axis] for axis in axes]).permute(axes)
+        paged[order] = blocks
+        caches.append(paged)
+    return *caches, order[None].to(torch.int32)
+
+
 def decode_reinjections(quick: bool) -> Iterator[Row]:
     """Four COPY re-injections of 1024 tokens in 4096 keys."""
     for dtype in (torch.bfloat16, torch.float32):

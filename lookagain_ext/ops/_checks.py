@@ -34,8 +34,11 @@ def check_tensor(
         raise ValueError(f"{name} must be on {like.device} like the others, got {tensor.device}")
 
 
-def check_attention(query: object, key: object, value: object | None) -> None:
-    """Raise unless query, key and value are the heads of one grouped-query attention."""
+def check_attention(query: object, key: object, value: object | None, paged: bool = False) -> None:
+    """Raise unless query, key and value are the heads of one grouped-query attention.
+
+    The first axis of a paged cache holds blocks and may have any size.
+    """
     for name, tensor in (("query", query), ("key", key)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -45,7 +48,8 @@ def check_attention(query: object, key: object, value: object | None) -> None:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise TypeError(f"query must be one of {names}, got {query.dtype}")
     batch, heads, _, size = query.shape
-    check_tensor("key", key, (batch, None, None, size), query.dtype, query)
+    rows = None if paged else batch
+    check_tensor("key", key, (rows, None, None, size), query.dtype, query)
     kv_heads = key.shape[1]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query must have a multiple of key's {kv_heads} heads, got {heads} heads")
@@ -69,6 +73,19 @@ def check_rows(name: str, tensor: Tensor | None, like: Tensor, dtype: torch.dtyp
     """Raise unless `tensor` is None or holds one value of `dtype` for each row of `like`."""
     if tensor is not None:
         check_tensor(name, tensor, (like.shape[0],), dtype, like)
+
+
+def check_block_table(block_table: object, cache: Tensor, batch: int) -> None:
+    """Raise unless `block_table` lists blocks of `cache` for each of `batch` rows.
+
+    Its values are checked where they are used: looking at them here would wait for the device.
+    """
+    check_tensor("block_table", block_table, (batch, None), torch.int32, cache)
+    if cache.shape[2] == 0:
+        raise ValueError(
+            "block_table needs a cache [num_blocks, H_kv, block_size, D] with a block_size of at "
+            f"least 1, got {list(cache.shape)}"
+        )
 
 
 def check_visual(visual: object, like: Tensor) -> None:

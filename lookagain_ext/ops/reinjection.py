@@ -7,7 +7,13 @@ from torch import Tensor
 
 from .. import reference
 from .._native import native, use_kernels
-from ._checks import check_inv_freq, check_kernel_layout, check_rows, check_tensor
+from ._checks import (
+    check_block_table,
+    check_inv_freq,
+    check_kernel_layout,
+    check_rows,
+    check_tensor,
+)
 
 
 def append_visual_(
@@ -20,6 +26,7 @@ def append_visual_(
     *,
     selected: Tensor | None = None,
     rows: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> None:
     """Append each row's visual tokens to its cache once more, at shifted rotary positions.
 
@@ -38,37 +45,56 @@ def append_visual_(
         inv_freq: float32 [rotary_dim / 2], the model's inverse frequencies (NeoX layout).
         selected: bool [B, L_c], the tokens to append; None appends all.
         rows: bool [B], the rows to append to; None takes all.
+        block_table: int32 [B, blocks], of a paged cache: key_cache and value_cache are then
+            [num_blocks, H_kv, block_size, D] (a cache that lies [num_blocks, block_size, H_kv, D]
+            is passed as `.transpose(1, 2)`), slot j of row b is slot j % block_size of block
+            `block_table[b, j // block_size]`, and capacity = blocks · block_size. -1 is an unused
+            entry. Rows may share blocks that are read. That no other row lists a slot that is
+            written is not checked: a block must be the row's own before it is written to.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
-        ValueError: if a shape, device, layout or span does not fit, or a row has no room; then
-            nothing is written.
+        ValueError: if a shape, device, layout or span does not fit, a row has no room, or
+            `block_table` has no block for a slot that is read or written; then nothing is written.
         ExtensionError: if the C++ extension is missing.
     """
     if not isinstance(key_cache, Tensor):
         raise TypeError(f"key_cache must be a tensor, got {type(key_cache).__name__}")
     if key_cache.dim() != 4 or not key_cache.is_floating_point():
         raise ValueError(
-            "key_cache must be a floating tensor [B, H_kv, capacity, D], "
+            "key_cache must be a floating tensor [B, H_kv, capacity, D] (paged: "
+            "[num_blocks, H_kv, block_size, D]), "
             f"got {key_cache.dtype} {list(key_cache.shape)}"
         )
     batch = key_cache.shape[0]
+    if block_table is not None:
+        check_tensor("key_length", key_length, (None,), torch.int32, key_cache)
+        batch = key_length.shape[0]
+        check_block_table(block_table, key_cache, batch)
     check_tensor("value_cache", value_cache, tuple(key_cache.shape), key_cache.dtype, key_cache)
     check_tensor("key_length", key_length, (batch,), torch.int32, key_cache)
     check_tensor("spans", spans, (batch, None, 2), torch.int32, key_cache)
     check_tensor("shift", shift, (batch,), torch.int32, key_cache)
     check_inv_freq("inv_freq", inv_freq, key_cache)
-    check_rows("rows", rows, key_cache, torch.bool)
+    check_rows("rows", rows, key_length, torch.bool)
     if selected is not None:
         check_tensor("selected", selected, (batch, None), torch.bool, key_cache)
     if not use_kernels(key_cache.device.type):
         reference.append_visual_(
-            key_cache, value_cache, key_length, spans, shift, inv_freq, selected=selected, rows=rows
+            key_cache,
+            value_cache,
+            key_length,
+            spans,
+            shift,
+            inv_freq,
+            selected=selected,
+            rows=rows,
+            block_table=block_table,
         )
         return
     check_kernel_layout(key_cache=key_cache, value_cache=value_cache)
     call = torch.ops.lookagain.append_visual_ if torch.compiler.is_compiling() else _forward
-    call(key_cache, value_cache, key_length, spans, shift, inv_freq, selected, rows)
+    call(key_cache, value_cache, key_length, spans, shift, inv_freq, selected, rows, block_table)
 
 
 def _forward(
@@ -80,6 +106,7 @@ def _forward(
     inv_freq: Tensor,
     selected: Tensor | None,
     rows: Tensor | None,
+    block_table: Tensor | None = None,
 ) -> None:
     native().append_visual_(
         key_cache,
@@ -90,6 +117,7 @@ def _forward(
         inv_freq,
         selected,
         rows,
+        block_table,
         torch.get_num_threads(),
     )
 
@@ -102,5 +130,5 @@ _op = torch.library.custom_op(
 
 
 @_op.register_fake
-def _(key_cache: Tensor, *_: object) -> None:
+def _(key_cache: Tensor, *_: object, **__: object) -> None:
     return None

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._native import native, use_kernels
+from .._native import use_kernels
 from ..visual import VisualContext
+from ._attention_library import backward, forward
 from ._checks import (
     check_attention,
+    check_block_table,
     check_kernel_layout,
     check_rows,
     check_scale,
@@ -31,6 +33,7 @@ def routed_attention(
     key_length: Tensor | None = None,
     visual_mass: Tensor | None = None,
     mass_from: Tensor | None = None,
+    block_table: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Causal grouped-query attention with re-injected visual tokens, in one softmax.
@@ -59,6 +62,11 @@ def routed_attention(
             group and over the counted queries (Eq. 5 of Qwen Look Again, arXiv 2505.23558, before
             the mean over tokens, heads and layers).
         mass_from: int32 [B], first key index whose query is counted; default: all.
+        block_table: int32 [B, blocks], of a paged cache: key and value are then
+            [num_blocks, H_kv, block_size, D] (a cache that lies [num_blocks, block_size, H_kv, D]
+            is passed as `.transpose(1, 2)`), slot j of row b is slot j % block_size of block
+            `block_table[b, j // block_size]`, and L_k = blocks · block_size. -1 is an unused
+            entry; several rows may share a block. Needs `key_length`; has no gradient.
         return_lse: also return the log-sum-exp of the logits.
 
     Returns:
@@ -67,7 +75,8 @@ def routed_attention(
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
-        ValueError: if a shape, device, layout or index does not fit; the message names it.
+        ValueError: if a shape, device, layout or index does not fit; the message names it. Also
+            if `block_table` has no block for a slot that is read, or a gradient is wanted with it.
         ExtensionError: if the C++ extension is missing.
 
     Example:
@@ -75,7 +84,8 @@ def routed_attention(
 
             F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     """
-    arguments = (query, key, value, key_start, key_length, visual, visual_mass, mass_from, scale)
+    arguments = (query, key, value, key_start, key_length, visual, visual_mass, mass_from)
+    arguments = (*arguments, block_table, scale)
     compiling = torch.compiler.is_compiling()
     if compiling or not isinstance(query, Tensor) or not use_kernels(query.device.type):
         _check(*arguments)
@@ -90,6 +100,7 @@ def routed_attention(
                 key_length=key_length,
                 visual_mass=visual_mass,
                 mass_from=mass_from,
+                block_table=block_table,
                 return_lse=return_lse,
             )
         out, lse = _compiled(*arguments)
@@ -114,13 +125,23 @@ def _check(
     visual: VisualContext | None,
     visual_mass: Tensor | None,
     mass_from: Tensor | None,
+    block_table: Tensor | None,
     scale: float | None,
 ) -> None:
-    check_attention(query, key, value)
+    check_attention(query, key, value, paged=block_table is not None)
     check_scale(scale, query.shape[-1])
     check_rows("key_start", key_start, query, torch.int32)
     check_rows("key_length", key_length, query, torch.int32)
     check_rows("mass_from", mass_from, query, torch.int32)
+    if block_table is not None:
+        check_block_table(block_table, key, query.shape[0])
+        if key_length is None:
+            raise ValueError("block_table needs key_length, the filled slots of each row")
+        if _wants_grad(query, key, value):
+            raise ValueError(
+                "block_table has no gradient: query, key and value must not require grad, or the "
+                "call must stand under torch.no_grad()"
+            )
     if visual is not None:
         check_visual(visual, query)
     if visual_mass is not None:
@@ -155,6 +176,7 @@ def _eager(
     visual: VisualContext | None,
     visual_mass: Tensor | None,
     mass_from: Tensor | None,
+    block_table: Tensor | None,
     scale: float | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -163,7 +185,9 @@ def _eager(
     if visual_mass is None and mass_from is not None:
         raise ValueError("mass_from needs visual_mass")
     if not _wants_grad(query, key, value):
-        return _forward(*tensors, visual_mass, mass_from, scale, return_lse)
+        return forward(*tensors, visual_mass, mass_from, block_table, scale, return_lse)
+    if block_table is not None:
+        raise ValueError("block_table has no gradient")
     out, lse = _RoutedAttention.apply(*tensors, scale)
     if visual_mass is not None:
         _add_mass(visual_mass, mass_from, lse, *tensors, scale)
@@ -179,80 +203,18 @@ def _compiled(
     visual: VisualContext | None,
     visual_mass: Tensor | None,
     mass_from: Tensor | None,
+    block_table: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     tensors = (query, key, value, key_start, key_length, *_fields(visual))
     if visual_mass is not None and not _wants_grad(query, key, value):
-        return torch.ops.lookagain.routed_attention_mass_(*tensors, visual_mass, mass_from, scale)
-    out, lse = torch.ops.lookagain.routed_attention(*tensors, scale)
+        call = torch.ops.lookagain.routed_attention_mass_
+        return call(*tensors, visual_mass, mass_from, scale, block_table)
+    out, lse = torch.ops.lookagain.routed_attention(*tensors, scale, block_table)
     if visual_mass is not None:
         _add_mass(visual_mass, mass_from, lse, *tensors, scale)
     return out, lse
-
-
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_start: Tensor | None,
-    key_length: Tensor | None,
-    spans: Tensor | None,
-    inv_freq: Tensor | None,
-    shift: Tensor | None,
-    start: Tensor | None,
-    selected: Tensor | None,
-    visual_mass: Tensor | None,
-    mass_from: Tensor | None,
-    scale: float,
-    want_lse: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    out, lse = _outputs(query, want_lse)
-    native().routed_attention(
-        query,
-        key,
-        value,
-        out,
-        lse,
-        visual_mass,
-        mass_from,
-        key_start,
-        key_length,
-        spans,
-        inv_freq,
-        shift,
-        start,
-        selected,
-        scale,
-        torch.get_num_threads(),
-    )
-    return out, lse
-
-
-def _outputs(query: Tensor, want_lse: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Uninitialised out and lse; out lies [B, L_q, H_q, D], the layout that models go on with."""
-    batch, heads, queries, size = query.shape
-    if queries == 1:
-        out = query.new_empty(batch, heads, 1, size)
-    else:
-        out = query.new_empty(batch, queries, heads, size).transpose(1, 2)
-    if not want_lse:
-        return out, None
-    precise = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return out, query.new_empty(batch, heads, queries, dtype=precise)
-
-
-def _backward(
-    grad_out: Tensor, out: Tensor, lse: Tensor, tensors: tuple[Tensor | None, ...], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value, *rest = tensors
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
-    grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
-    native().routed_attention_backward(
-        grad_out, query, key, value, out, lse, *grads, *rest, scale, torch.get_num_threads()
-    )
-    return grads
 
 
 def _add_mass(
@@ -297,7 +259,7 @@ class _RoutedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - autograd's own
         *tensors, scale = args
-        out, lse = _forward(*tensors, None, None, scale)
+        out, lse = forward(*tensors, None, None, None, scale)
         ctx.save_for_backward(*tensors, out, lse)
         ctx.scale = scale
         ctx.mark_non_differentiable(lse)
@@ -307,103 +269,4 @@ class _RoutedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         *tensors, out, lse = ctx.saved_tensors
-        return (*_backward(grad_out, out, lse, tuple(tensors), ctx.scale), *[None] * 8)
-
-
-# Under torch.compile the same code runs behind torch.library ops, with shapes told by fakes.
-
-
-@torch.library.custom_op("lookagain::routed_attention", mutates_args=())
-def _op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_start: Tensor | None,
-    key_length: Tensor | None,
-    spans: Tensor | None,
-    inv_freq: Tensor | None,
-    shift: Tensor | None,
-    start: Tensor | None,
-    selected: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    tensors = (query, key, value, key_start, key_length, spans, inv_freq, shift, start, selected)
-    return _forward(*tensors, None, None, scale)
-
-
-@_op.register_fake
-def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _outputs(query)
-
-
-@torch.library.custom_op("lookagain::routed_attention_mass_", mutates_args=("visual_mass",))
-def _mass_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_start: Tensor | None,
-    key_length: Tensor | None,
-    spans: Tensor | None,
-    inv_freq: Tensor | None,
-    shift: Tensor | None,
-    start: Tensor | None,
-    selected: Tensor | None,
-    visual_mass: Tensor,
-    mass_from: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    tensors = (query, key, value, key_start, key_length, spans, inv_freq, shift, start, selected)
-    return _forward(*tensors, visual_mass, mass_from, scale)
-
-
-@_mass_op.register_fake
-def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _outputs(query)
-
-
-@torch.library.custom_op("lookagain::routed_attention_backward", mutates_args=())
-def _backward_op(
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_start: Tensor | None,
-    key_length: Tensor | None,
-    spans: Tensor | None,
-    inv_freq: Tensor | None,
-    shift: Tensor | None,
-    start: Tensor | None,
-    selected: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (query, key, value, key_start, key_length, spans, inv_freq, shift, start, selected)
-    return _backward(grad_out, out, lse, tensors, scale)
-
-
-@_backward_op.register_fake
-def _(
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *_: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:  # noqa: ANN401
-    ctx.save_for_backward(*inputs[:-1], *output)
-    ctx.scale = inputs[-1]
-
-
-def _op_backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-    *tensors, out, lse = ctx.saved_tensors
-    grads = torch.ops.lookagain.routed_attention_backward(grad_out, out, lse, *tensors, ctx.scale)
-    return (*grads, *[None] * 8)
-
-
-_op.register_autograd(_op_backward, setup_context=_setup_context)
+        return (*backward(grad_out, out, lse, tuple(tensors), ctx.scale), *[None] * 8)
