@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lookagain_ext import VisualContext
+from lookagain_ext.ops import _cuda
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -113,7 +113,7 @@ def library() -> ctypes.CDLL:
         pytest.skip("no C++ compiler")
     folder = Path(tempfile.mkdtemp(prefix="lookagain_emulated"))
     built = folder / "emulated.so"
-    flags = os.environ.get("LOOKAGAIN_EMULATOR_FLAGS", "-O1").split()
+    flags = os.environ.get("LOOKAGAIN_EMULATOR_FLAGS", "-O2").split()
     source = ROOT / "python_tests" / "emulator"
     command = [COMPILER, "-std=c++17", *flags, "-shared", "-fPIC", "-I", str(ROOT / "csrc")]
     command += ["-I", str(source), "-o", str(built), str(source / "emulated.cpp")]
@@ -146,22 +146,27 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def routed_attention(
+def launch_routed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    visual: VisualContext | None = None,
-    *,
-    key_start: Tensor | None = None,
-    key_length: Tensor | None = None,
-    visual_mass: Tensor | None = None,
-    mass_from: Tensor | None = None,
+    out: Tensor,
+    lse: Tensor | None,
+    mass: Tensor | None,
+    mass_from: Tensor | None,
+    key_start: Tensor | None,
+    key_length: Tensor | None,
+    spans: Tensor | None,
+    inv_freq: Tensor | None,
+    shift: Tensor | None,
+    start: Tensor | None,
+    selected: Tensor | None,
+    block_table: Tensor | None,
+    scale: float,
     plan: list[int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`ops.routed_attention` on the emulated device; `plan` gets how the work was cut."""
+) -> None:
+    """Stands in for the binding; `plan` gets how the work was cut."""
     batch, query_heads, queries, size = query.shape
-    out = torch.full_like(query, torch.nan).contiguous()
-    lse = torch.full((batch, query_heads, queries), torch.nan)
     params = AttentionParams(
         dtype=DTYPES[query.dtype],
         batch=batch,
@@ -170,7 +175,7 @@ def routed_attention(
         queries=queries,
         keys=key.shape[2],
         head_dim=size,
-        scale=size**-0.5,
+        scale=scale,
         key_start=pointer(key_start),
         key_length=pointer(key_length),
         query=heads(query),
@@ -180,68 +185,74 @@ def routed_attention(
         lse=pointer(lse),
         mass_from=pointer(mass_from),
     )
+    page(params, block_table, key)
+    if block_table is not None:
+        params.keys = block_table.shape[1] * key.shape[2]
     width = 0
-    if visual_mass is not None:
-        width = visual_mass.shape[-1]
-        params.mass = visual_mass.data_ptr()
-        params.mass_batch_stride, params.mass_head_stride = visual_mass.stride()[:2]
-    if visual is not None:
+    if mass is not None and mass.shape[-1] > 0:
+        width = mass.shape[-1]
+        params.mass = mass.data_ptr()
+        params.mass_batch_stride, params.mass_head_stride = mass.stride()[:2]
+    if spans is not None:
         params.visual = VisualParams(
-            spans=pointer(visual.spans),
-            num_spans=visual.spans.shape[1],
-            inv_freq=pointer(visual.inv_freq),
-            half=visual.inv_freq.shape[0],
-            shift=pointer(visual.shift),
-            start=pointer(visual.start),
-            num_reinjections=visual.num_reinjections,
+            spans=pointer(spans),
+            num_spans=spans.shape[1],
+            inv_freq=pointer(inv_freq),
+            half=inv_freq.shape[0],
+            shift=pointer(shift),
+            start=pointer(start),
+            num_reinjections=shift.shape[1],
         )
-        if visual.selected is not None:
-            params.visual.selected = pointer(visual.selected)
-            params.visual.selected_batch_stride = visual.selected.stride(0)
-            params.visual.selected_stride = visual.selected.stride(1)
+        if selected is not None:
+            params.visual.selected = pointer(selected)
+            params.visual.selected_batch_stride = selected.stride(0)
+            params.visual.selected_stride = selected.stride(1)
     if plan is not None:
         found = (ctypes.c_int32 * 5)()
         library().emulated_plan(ctypes.byref(params), ctypes.c_int64(width), found)
         plan[:] = list(found)
     library().emulated_routed_attention(ctypes.byref(params), ctypes.c_int64(width))
-    return out, lse
 
 
-def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor) -> Tensor:
-    """`ops.select_visual_tokens` on the emulated device."""
-    out = torch.full(mass.shape, True)
-    library().emulated_select(
-        ctypes.byref(
-            SelectParams(
-                mass=mass.data_ptr(),
-                mass_stride=mass.stride(0),
-                num_visual=pointer(num_visual),
-                ratio=ratio,
-                batch=mass.shape[0],
-                width=mass.shape[1],
-                out=out.data_ptr(),
-                out_stride=out.stride(0),
-            )
-        )
+def page(params: ctypes.Structure, block_table: Tensor | None, cache: Tensor) -> None:
+    """Notes the block table of a paged cache."""
+    if block_table is not None:
+        params.block_table = pointer(block_table)
+        params.block_table_stride = block_table.stride(0)
+        params.block_size = cache.shape[2]
+
+
+def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor, out: Tensor) -> None:
+    """Stands in for the call of the kernel."""
+    params = SelectParams(
+        mass=mass.data_ptr(),
+        mass_stride=mass.stride(0),
+        num_visual=pointer(num_visual.contiguous()),
+        ratio=ratio,
+        batch=mass.shape[0],
+        width=mass.shape[1],
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
     )
-    return out
+    library().emulated_select(ctypes.byref(params))
 
 
-def append_visual_(
+def launch_append_visual_(
     key_cache: Tensor,
     value_cache: Tensor,
     key_length: Tensor,
     spans: Tensor,
     shift: Tensor,
     inv_freq: Tensor,
-    *,
-    selected: Tensor | None = None,
-    rows: Tensor | None = None,
-) -> list[int]:
-    """`ops.append_visual_` on the emulated device; returns what it tells of a failure."""
+    selected: Tensor | None,
+    rows: Tensor | None,
+    block_table: Tensor | None,
+    failed: Tensor,
+) -> None:
+    """Stands in for the binding."""
     params = AppendParams(
         dtype=DTYPES[key_cache.dtype],
-        batch=key_cache.shape[0],
+        batch=key_length.shape[0],
         key_heads=key_cache.shape[1],
         head_dim=key_cache.shape[3],
         key=heads(key_cache),
@@ -253,16 +264,24 @@ def append_visual_(
         half=inv_freq.shape[0],
         rows=pointer(rows),
     )
+    page(params, block_table, key_cache)
     width = 0
     if selected is not None:
         width = selected.shape[1]
         params.selected, params.selected_stride = selected.data_ptr(), selected.stride(0)
-    failed = (ctypes.c_int32 * 4)(9, 9, 9, 9)
+    slots = key_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
     library().emulated_append(
         ctypes.byref(params),
-        ctypes.c_int64(key_cache.shape[2]),
+        ctypes.c_int64(slots),
         ctypes.c_void_p(pointer(key_length)),
         ctypes.c_int64(width),
-        failed,
+        ctypes.c_void_p(pointer(failed)),
     )
-    return list(failed)
+
+
+def install(patch: pytest.MonkeyPatch) -> None:
+    """Makes the ops take CPU tensors to the emulated device."""
+    device()
+    for name in ("launch_routed_attention", "select_visual_tokens", "launch_append_visual_"):
+        patch.setattr(_cuda, name, globals()[name])
+    patch.setattr(_cuda, "on_gpu", lambda tensor: True)

@@ -21,17 +21,29 @@ def small_device():
 
 
 def run(problem: Problem, plan: list[int] | None = None) -> Answer:
-    mass = torch.zeros(problem.query.shape[0], problem.key.shape[1], problem.max_visual)
-    out, lse = emulated.routed_attention(
+    batch, heads, queries, size = problem.query.shape
+    out = torch.full_like(problem.query, torch.nan).contiguous()
+    lse = torch.full((batch, heads, queries), torch.nan)
+    mass = torch.zeros(batch, problem.key.shape[1], problem.max_visual)
+    visual = problem.visual
+    emulated.launch_routed_attention(
         problem.query,
         problem.key,
         problem.value,
-        problem.visual,
-        key_start=problem.key_start,
-        key_length=problem.key_length,
-        visual_mass=mass,
-        mass_from=problem.mass_from,
-        plan=plan,
+        out,
+        lse,
+        mass,
+        problem.mass_from,
+        problem.key_start,
+        problem.key_length,
+        visual.spans,
+        visual.inv_freq,
+        visual.shift,
+        visual.start,
+        visual.selected,
+        None,
+        size**-0.5,
+        plan,
     )
     return Answer(out, lse, mass)
 

@@ -37,7 +37,7 @@ struct DecodeLaunch {
 
 // The keys and the place of one batch row.
 struct RowKeys {
-  int64_t begin, end;      // of the keys that some query sees
+  int64_t begin, end;      // of the keys that some query sees in their own place
   int64_t first_position;  // key index of query 0; may be negative
 };
 
@@ -69,6 +69,30 @@ LA_DEVICE int64_t key_of_token(const int32_t* spans, int64_t num_spans, int64_t 
     token -= length > 0 ? length : 0;
   }
   return -1;
+}
+
+// First key that is read: `begin`, or a visual key before it that a query up to `last` sees again.
+LA_DEVICE int64_t first_read(const DecodeLaunch& a, const RowKeys& keys, int64_t batch_row,
+                             int64_t last) {
+  // Logits of visual keys are kept for all rows, whichever of them see what.
+  if (a.logits != nullptr) last = keys.end - 1;
+  int64_t first = keys.begin;
+  const VisualParams& visual = a.p.visual;
+  if (active_reinjections(visual, batch_row, last) == 0) return first;
+  const int32_t* spans = row_spans(visual, batch_row);
+  for (int64_t s = 0; s < visual.num_spans; ++s) {
+    if (spans[2 * s + 1] > 0 && spans[2 * s] < first) first = spans[2 * s] < 0 ? 0 : spans[2 * s];
+  }
+  return first;
+}
+
+LA_DEVICE bool is_visual(const int32_t* spans, int64_t num_spans, int64_t key) {
+  for (int64_t s = 0; s < num_spans; ++s) {
+    if (key >= spans[2 * s] && key < spans[2 * s] + static_cast<int64_t>(spans[2 * s + 1])) {
+      return true;
+    }
+  }
+  return false;
 }
 
 // Walks the spans of a row along ascending tiles of keys.

@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) routed_attention_combine(const Decod
   const int64_t token = index % blocks * kThreads + thread;
   if (token >= a.num_visual) return;
   const int64_t key = key_of_token(row_spans(p.visual, batch_row), p.visual.num_spans, token);
-  if (key < keys.begin || key >= keys.end) return;
+  if (key < first_read(a, keys, batch_row, keys.end - 1) || key >= keys.end) return;
   const float* logits = a.logits + (head * a.num_visual + token) * a.padded_rows();
   float mass = 0;
   for (int row = 0; row < a.rows; ++row) mass += exp2_fast(logits[row] - lse[row]);

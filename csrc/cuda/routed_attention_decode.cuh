@@ -63,6 +63,7 @@ struct Decode {
   int lane, warp;
   RowKeys keys;
   uint32_t active;  // re-injections that some row of this block sees
+  int64_t first;    // key that is read
   T* queries;       // [1 + R, kRows, kPitch]
   char* ring;
 
@@ -84,6 +85,7 @@ struct Decode {
     keys = row_keys(p, batch_row);
     const int last_row = static_cast<int>(row_block) * kRows + kRows - 1;
     active = active_reinjections(p.visual, batch_row, position(last_row));
+    first = first_read(a, keys, batch_row, position(last_row));
     queries = reinterpret_cast<T*>(dynamic_shared());
     ring = dynamic_shared() + query_bytes(p.visual.num_reinjections) +
            table_bytes(p.visual.num_reinjections, p.visual.half);
@@ -97,6 +99,13 @@ struct Decode {
   LA_DEVICE T* stage(int64_t tile) const {
     const int64_t place = static_cast<int64_t>(warp) * a.stages + tile % a.stages;
     return reinterpret_cast<T*>(ring) + place * kStage;
+  }
+
+  // Whether some query sees a key, in its place or again. Other slots may hold anything.
+  LA_DEVICE bool readable(int64_t key) const {
+    if (key >= keys.end) return false;
+    return key >= keys.begin ||
+           (key >= first && is_visual(row_spans(p.visual, batch_row), p.visual.num_spans, key));
   }
 
   LA_DEVICE const T* slot(const HeadsView& cache, SlotPlace place) const {
@@ -114,7 +123,7 @@ struct Decode {
       const int64_t key = tile * kTileKeys + row;
       // Where nothing is read the address still has to be one that exists.
       SlotPlace place{0, 0};
-      bool there = key >= keys.begin && key < keys.end && chunk * kChunk < p.head_dim;
+      bool there = readable(key) && chunk * kChunk < p.head_dim;
       if (there) place = place_of(p, batch_row, key);
       there = there && place.block >= 0;
       const int bytes = there ? 16 : 0;
@@ -324,14 +333,14 @@ struct Decode {
   }
 
   LA_DEVICE void run() {
-    const int64_t first_tile = keys.begin / kTileKeys;
+    const int64_t first_tile = first / kTileKeys;
     // Keys past the last query of these rows are seen by none of them, unless shown again.
     const int last_row = static_cast<int>(row_block) * kRows + kRows - 1;
     int64_t end = keys.end;
     if (active == 0 && a.logits == nullptr && position(last_row) + 1 < end) {
       end = position(last_row) + 1 > keys.begin ? position(last_row) + 1 : keys.begin;
     }
-    const int64_t tiles = end > keys.begin ? (end + kTileKeys - 1) / kTileKeys - first_tile : 0;
+    const int64_t tiles = end > first ? (end + kTileKeys - 1) / kTileKeys - first_tile : 0;
     const int64_t from = first_tile + split_begin(tiles, split, a.splits);
     const int64_t to = first_tile + split_begin(tiles, split + 1, a.splits);
     const int64_t mine = (to - from - warp + kWarps - 1) / kWarps;  // tiles from + warp, + 4, ...

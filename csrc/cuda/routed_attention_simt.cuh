@@ -90,15 +90,21 @@ __global__ void __launch_bounds__(kThreads) routed_attention_simt(const DecodeLa
 #pragma unroll
     for (int i = 0; i < Traits::kPerLane; ++i) out[r][i] = 0;
   }
-  const int64_t first_tile = keys.begin / 32;
-  const int64_t tiles = keys.end > keys.begin ? (keys.end + 31) / 32 - first_tile : 0;
+  const int64_t first = first_read(a, keys, batch_row, place[kRows - 1]);
+  const int32_t* spans = row_spans(p.visual, batch_row);
+  // Whether some query sees a key, in its place or again. Other slots may hold anything.
+  auto readable = [&](int64_t key) {
+    if (key >= keys.end) return false;
+    return key >= keys.begin || (key >= first && is_visual(spans, p.visual.num_spans, key));
+  };
+  const int64_t first_tile = first / 32;
+  const int64_t tiles = keys.end > first ? (keys.end + 31) / 32 - first_tile : 0;
   const int64_t from = first_tile + split_begin(tiles, split, a.splits);
   const int64_t to = first_tile + split_begin(tiles, split + 1, a.splits);
-  SpanCursor cursor(row_spans(p.visual, batch_row), p.visual.num_spans);
+  SpanCursor cursor(spans, p.visual.num_spans);
   for (int64_t tile = from + warp; tile < to; tile += kWarps) {
     const int32_t key = static_cast<int32_t>(tile * 32) + lane;
-    const SlotPlace place_in_cache =
-        key >= keys.begin && key < keys.end ? place_of(p, batch_row, key) : SlotPlace{-1, 0};
+    const SlotPlace place_in_cache = readable(key) ? place_of(p, batch_row, key) : SlotPlace{-1, 0};
     const bool there = place_in_cache.block >= 0;
     const T* key_row = static_cast<const T*>(p.key.data) +
                        (there ? offset_of(p.key, place_in_cache, key_head) : 0);
@@ -117,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) routed_attention_simt(const DecodeLa
     score(queries, logit);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (!there || key > place[r]) logit[r] = -INFINITY;
+      if (!there || key < keys.begin || key > place[r]) logit[r] = -INFINITY;
       weight[r] = 1;
     }
     if (p.visual.num_spans > 0 && cursor.reaches(tile * 32, tile * 32 + 32)) {
@@ -163,7 +169,7 @@ __global__ void __launch_bounds__(kThreads) routed_attention_simt(const DecodeLa
     __syncwarp();
     for (int j = 0; j < 32; ++j) {
       const int64_t slot = tile * 32 + j;
-      if (slot < keys.begin || slot >= keys.end) continue;
+      if (!readable(slot)) continue;
       const SlotPlace where = place_of(p, batch_row, slot);
       if (where.block < 0) continue;
       const T* value_row =
