@@ -19,10 +19,11 @@ from rich.table import Table
 from torch import nn
 from transformers import LogitsProcessorList
 
-from lookagain_ext import LookAgainConfig, look_again
+from lookagain_ext import LookAgainConfig, look_again, ops
 from lookagain_ext.bench.generation import REFLECTION, Force, decoder, prompt
 
-from .gpu_timing import describe
+from .gpu_plots import plot_generate
+from .gpu_timing import candidate, compare, describe
 
 KINDS = ("unpatched", "off", "copy", "route")
 
@@ -106,6 +107,41 @@ class Run:
         return {"attention_seconds": attention, "other_seconds": other, "profiled_seconds": took}
 
 
+def reencoding(model: nn.Module, tokens: int, seconds: float) -> dict[str, object]:
+    """append_visual_ in every layer against the same tokens through the decoder again."""
+    device = next(model.parameters()).device
+    text = model.config.text_config
+    size = text.hidden_size // text.num_attention_heads
+    draw = {"dtype": torch.bfloat16, "device": device}
+    hidden = torch.randn(1, tokens, text.hidden_size, **draw)
+    cache = [torch.randn(1, text.num_key_value_heads, 4 * tokens, size, **draw) for _ in range(2)]
+    spans = torch.tensor([[[8, tokens]]], dtype=torch.int32, device=device)
+    shift = torch.full((1,), 3 * tokens, dtype=torch.int32, device=device)
+    start, length = shift.clone(), shift.clone()
+    inv_freq = 1e6 ** -(torch.arange(size // 2, device=device) / (size // 2))
+
+    def append() -> None:
+        for _ in range(text.num_hidden_layers):
+            length.copy_(start)
+            ops.append_visual_(*cache, length, spans, shift, inv_freq, check_room=False)
+
+    @torch.no_grad()
+    def again() -> None:
+        model.model.language_model(inputs_embeds=hidden, use_cache=False)
+
+    calls = {"append": candidate(append, [()]), "again": candidate(again, [()])}
+    comparison = compare(calls, seconds)
+    ratio = comparison.ratio("append", "again")
+    return {
+        "kind": f"append_visual_ of {tokens} tokens, all layers, against re-encoding them",
+        "ratio": ratio.p50,
+        "goal": 0.01,
+        "met": ratio.p50 <= 0.01,
+        "seconds_append": comparison.timing("append").p50,
+        "seconds_again": comparison.timing("again").p50,
+    }
+
+
 def main(
     out: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
     device: str = "cuda",
@@ -155,10 +191,14 @@ def main(
             ]
         table.add_row(*cells)
     console.print(table)
+    encoding = reencoding(model, 1024 if device != "cpu" else 32, 2.0)
+    console.print(encoding, highlight=False)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         kept = {"machine": describe(torch.device(device)), "layers": layers, "rows": results}
+        kept["reencoding"] = encoding
         out.write_text(json.dumps(kept, indent=1) + "\n")
+        plot_generate(kept, out.with_suffix(".png"))
         console.print(f"Results: {out}")
 
 

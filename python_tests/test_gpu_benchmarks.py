@@ -1,0 +1,48 @@
+"""The GPU suite's programs run where there is no GPU, on tiny shapes: none of it rots unseen."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("benchmarks.gpu_kernels", reason="run from the repository")
+
+
+def run(*arguments: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "150"}
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_kernels(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.json"
+    run(
+        "benchmarks.gpu_kernels",
+        "--device",
+        "cpu",
+        "--small",
+        "--seconds",
+        "0.02",
+        "--out",
+        str(out),
+    )
+    rows = json.loads(out.read_text())["rows"]
+    goals = {row["goal"] for row in rows}
+    assert {"<= 1x", "<= 1.1x", "<= 1 us more", "<= 0.2x", ">= 0.9", ">= 0.85"} <= goals
+    assert all(row["ratio"] > 0 for row in rows)
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_one_kernel_alone() -> None:
+    options = ("--device", "cpu", "--batch", "1", "--keys", "256", "--visual", "64")
+    for kernel in ("decode", "append", "select"):
+        printed = run("benchmarks.profile", kernel, *options, "--seconds", "0.02")
+        assert "share" in printed and "ncu --set full" in printed
