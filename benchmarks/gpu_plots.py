@@ -19,7 +19,8 @@ def plot_kernels(result: dict[str, Any], path: Path) -> None:
     for place, row in enumerate(rows):
         spread = [[max(row["ratio"] - row["p20"], 0)], [max(row["p80"] - row["ratio"], 0)]]
         axes.barh(place, row["ratio"], xerr=spread, color=colours[row["met"]], height=0.7)
-        axes.text(row["ratio"], place, f"  {row['ratio']:.3g} {row['goal']}", va="center", size=7)
+        edge = max(row["ratio"], row["p80"])
+        axes.text(edge, place, f"  {row['ratio']:.3g} {row['goal']}", va="center", size=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [f"{row['name']} | {row['against']}" for row in rows], size=7)
     axes.invert_yaxis()

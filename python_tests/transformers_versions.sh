@@ -5,7 +5,8 @@
 #   python_tests/transformers_versions.sh              5.17.0 and the newest
 #   python_tests/transformers_versions.sh 5.19.0       another one
 #
-# LOOKAGAIN_ENVS says where the environments lie (default: ~/.cache/lookagain-envs).
+# LOOKAGAIN_ENVS says where the environments lie (default: ~/.cache/lookagain-envs), LOOKAGAIN_TORCH
+# which torch they get (default: torch; without a GPU, torch==VERSION of a CPU build at hand).
 set -eu
 cd "$(dirname "$0")/.."
 envs=${LOOKAGAIN_ENVS:-$HOME/.cache/lookagain-envs}
@@ -16,6 +17,7 @@ for version in "$@"; do
     wanted=transformers
     [ "$version" = newest ] || wanted="transformers==$version"
     [ -x "$env/bin/python" ] || python3 -m venv "$env"
+    "$env/bin/python" -m pip install --quiet "${LOOKAGAIN_TORCH:-torch}"
     "$env/bin/python" -m pip install --quiet --upgrade "$wanted" '.[test]'
     "$env/bin/python" -c 'import torch, transformers
 print("transformers", transformers.__version__, "torch", torch.__version__)'
