@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 
 from . import ops
-from .cache import LookAgainLayer
+from .cache import LookAgainLayer, attention_dtype
 from .layer_routing import LayerRouting, MassProbe, route_layer
 from .visual import VisualContext
 
@@ -39,6 +39,9 @@ def lookagain_attention(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls under the name "lookagain".
 
+    Under autocast, queries, keys and values are brought to its dtype, as by PyTorch's own attention
+    functions.
+
     Args:
         module: the attention module; only its `layer_idx` is read.
         query: [B, H_q, L_q, D], rotary embedding applied.
@@ -65,6 +68,7 @@ def lookagain_attention(
     """
     if dropout:
         raise ValueError(f"attention dropout is not supported, got {dropout}; set it to 0")
+    query, key, value = (states.to(attention_dtype(states)) for states in (query, key, value))
     if key_start is None and key_length is None and attention_mask is not None:
         key_start, key_length = _bounds(attention_mask, query.shape[2], key.shape[2])
     if layer_selected is not None:
