@@ -11,6 +11,7 @@ from torch import nn
 from transformers.generation.configuration_utils import GenerationMode
 
 from .attention import ATTENTION_NAME
+from .checkpointing import keep_attention, release_attention
 from .config import LookAgainConfig
 from .engine import Engine
 from .models import Family
@@ -103,6 +104,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        release_attention(self._family.decoder)
         model.set_attn_implementation({"text_config": self._attention})
         model.generation_config.suppress_tokens = self._suppressed
         if self._mode_check is _MISSING:
@@ -127,6 +129,8 @@ class Attachment:
     def _before_decoder(
         self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            keep_attention(module, ATTENTION_NAME)
         return (), self.engines[-1].before_decoder(_by_name(module, args, keywords))
 
     def _after_decoder(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401

@@ -33,6 +33,10 @@ def look_again(
     While decoding, only generated tokens trigger. In a forward with `labels`, only positions whose
     label is not -100; in one without labels or cache, those after the last visual token.
 
+    Gradients are right also when `backward()` comes after the session has ended, with gradient
+    checkpointing by transformers or PyTorch's `checkpoint_wrapper`. If you call
+    `torch.utils.checkpoint` on parts of the model yourself, call `backward()` within the session.
+
     Args:
         model: a Hugging Face vision-language model of a known family, or a wrapper of one.
         config: how to look again; None takes what was saved as `model.config.lookagain`, else the
