@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.generation.configuration_utils import GenerationMode
 
 from .attention import ATTENTION_NAME
@@ -38,11 +39,9 @@ class Attachment:
     def __init__(self, family: Family) -> None:
         self.engines: list[Engine] = []
         self._family = family
-        model, generation = family.model, family.model.generation_config
         self._attention = family.text_config._attn_implementation
         self._saved_config = getattr(family.config, "lookagain", _MISSING)
-        self._suppressed = generation.suppress_tokens
-        self._mode_check = model.__dict__.get("_validate_generation_mode", _MISSING)
+        self._methods: dict[str, Any] = {}
         self._handles: list[Any] = []
 
     @classmethod
@@ -76,9 +75,8 @@ class Attachment:
         self._hook(base.register_forward_pre_hook, self._before_base)
         self._hook(decoder.register_forward_pre_hook, self._before_decoder)
         self._handles.append(decoder.register_forward_hook(self._after_decoder))
-        placeholders = list(self._family.visual_token_ids())
-        model.generation_config.suppress_tokens = [*(self._suppressed or []), *placeholders]
-        model._validate_generation_mode = self._check_mode
+        self._replace("_validate_generation_mode", self._check_mode)
+        self._replace("_get_logits_processor", self._logits_processors)
         _forget_compiled(model)
 
     def _check_mode(self, mode: GenerationMode, *args: Any, **keywords: Any) -> None:  # noqa: ANN401
@@ -87,11 +85,29 @@ class Attachment:
                 f"generation mode {mode.value!r} is not supported under look_again: use "
                 "greedy decoding or sampling (num_return_sequences is fine)"
             )
-        model = self._family.model
-        if self._mode_check is _MISSING:
-            type(model)._validate_generation_mode(model, mode, *args, **keywords)
-        else:
-            self._mode_check(mode, *args, **keywords)
+        self._original("_validate_generation_mode", mode, *args, **keywords)
+
+    def _logits_processors(self, *args: Any, **keywords: Any) -> LogitsProcessorList:  # noqa: ANN401
+        """Those of the generation, after one that forbids placeholders.
+
+        Not through `generation_config`, whose `suppress_tokens` a call to generate replaces.
+        """
+        found = self._original("_get_logits_processor", *args, **keywords)
+        placeholders = self._family.visual_token_ids()
+        banned = SuppressTokensLogitsProcessor(placeholders, keywords.get("device") or "cpu")
+        return LogitsProcessorList([banned, *found])
+
+    def _replace(self, name: str, method: Callable[..., Any]) -> None:
+        """Put a method on the model itself, in front of its class's."""
+        self._methods[name] = self._family.model.__dict__.get(name, _MISSING)
+        setattr(self._family.model, name, method)
+
+    def _original(self, name: str, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        """Call the method that stood there before."""
+        model, method = self._family.model, self._methods[name]
+        if method is _MISSING:
+            return getattr(type(model), name)(model, *args, **keywords)
+        return method(*args, **keywords)
 
     def _hook(self, register: Callable[..., Any], function: Callable[..., Any]) -> None:
         self._handles.append(register(function, with_kwargs=True))
@@ -106,11 +122,12 @@ class Attachment:
         self._handles.clear()
         release_attention(self._family.decoder)
         model.set_attn_implementation({"text_config": self._attention})
-        model.generation_config.suppress_tokens = self._suppressed
-        if self._mode_check is _MISSING:
-            del model._validate_generation_mode
-        else:
-            model._validate_generation_mode = self._mode_check
+        for name, method in self._methods.items():
+            if method is _MISSING:
+                delattr(model, name)
+            else:
+                setattr(model, name, method)
+        self._methods.clear()
         if self._saved_config is _MISSING:
             del config.lookagain
         else:

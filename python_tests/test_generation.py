@@ -8,8 +8,10 @@ import pytest
 import torch
 from tiny_models import (
     END,
+    EOS,
     FAMILIES,
     IMAGE,
+    PAD,
     REFLECTION,
     START,
     VIDEO,
@@ -21,7 +23,7 @@ from tiny_models import (
     tiny_model,
     whole_sequence,
 )
-from transformers import DynamicCache, LogitsProcessorList, TextStreamer
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TextStreamer
 
 from lookagain_ext.generation import LookAgainConfig, look_again
 from lookagain_ext.visual import NEVER
@@ -266,6 +268,11 @@ def test_placeholders_are_never_written():
     assert written()
     with look_again(model, config()):
         assert not written()
+        assert not written(suppress_tokens=[9])
+        assert not written(generation_config=GenerationConfig(eos_token_id=EOS, pad_token_id=PAD))
+        mine = reflect_at(*STEPS)
+        generate(model, inputs, mine)
+        assert len(mine) == 1
 
 
 def test_streaming():

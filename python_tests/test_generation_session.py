@@ -136,6 +136,8 @@ def test_config_is_saved_with_the_model_and_read_back(tmp_path):
         _, expected = generate(model, inputs, reflect_at(*STEPS))
         model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["lookagain"] == wanted.to_dict()
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert "suppress_tokens" not in generation
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
     with look_again(loaded) as session:
         assert session.config == wanted
