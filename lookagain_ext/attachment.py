@@ -43,6 +43,7 @@ class Attachment:
         self._saved_config = getattr(family.config, "lookagain", _MISSING)
         self._methods: dict[str, Any] = {}
         self._handles: list[Any] = []
+        self._generating: Engine | None = None
 
     @classmethod
     def enter(cls, family: Family, engine: Engine) -> Attachment:
@@ -77,6 +78,7 @@ class Attachment:
         self._handles.append(decoder.register_forward_hook(self._after_decoder))
         self._replace("_validate_generation_mode", self._check_mode)
         self._replace("_get_logits_processor", self._logits_processors)
+        self._replace("generate", self._generate)
         _forget_compiled(model)
 
     def _check_mode(self, mode: GenerationMode, *args: Any, **keywords: Any) -> None:  # noqa: ANN401
@@ -93,9 +95,19 @@ class Attachment:
         Not through `generation_config`, whose `suppress_tokens` a call to generate replaces.
         """
         found = self._original("_get_logits_processor", *args, **keywords)
+        if self._generating is not None:
+            self._generating.prompt_length = keywords.get("input_ids_seq_length")
         placeholders = self._family.visual_token_ids()
         banned = SuppressTokensLogitsProcessor(placeholders, keywords.get("device") or "cpu")
         return LogitsProcessorList([banned, *found])
+
+    def _generate(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        """As before; meanwhile the engine knows how long the prompt is."""
+        engine = self._generating = self.engines[-1]
+        try:
+            return self._original("generate", *args, **keywords)
+        finally:
+            self._generating = engine.prompt_length = None
 
     def _replace(self, name: str, method: Callable[..., Any]) -> None:
         """Put a method on the model itself, in front of its class's."""

@@ -44,11 +44,15 @@ class Engine:
     Args:
         family: the model, with what is particular to it.
         config: how to look again, with `reflection_token_id` set.
+
+    Attributes:
+        prompt_length: tokens of the prompt while generate runs, else None.
     """
 
     def __init__(self, family: Family, config: LookAgainConfig) -> None:
         self.family = family
         self.config = config
+        self.prompt_length: int | None = None
         if config.backend == "reencode" and config.looks and is_sharded(family.decoder):
             raise ValueError(
                 "backend='reencode' runs extra forwards for some rows only, which hangs when "
@@ -204,6 +208,9 @@ class Engine:
     def _sequence(self, keywords: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
         """A whole sequence without a cache: training, scoring, or a loop's first call."""
         ids, positions = keywords["input_ids"], keywords.get("position_ids")
+        if labels is None and self.prompt_length is not None:
+            labels = ids.clone()  # generate without a cache: only what it wrote triggers
+            labels[:, : self.prompt_length] = -100
         given = positions is not None
         positions = _axes(positions if given else self.family.positions(keywords))
         mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])

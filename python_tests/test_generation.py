@@ -275,6 +275,22 @@ def test_placeholders_are_never_written():
         assert len(mine) == 1
 
 
+@pytest.mark.parametrize("fields", [{}, *ROUTES, {"backend": "reencode"}])
+def test_generate_without_a_cache(fields):
+    """A reflection in the prompt does not trigger, as with a cache."""
+    model, inputs = tiny_model(), tiny_inputs(ROWS)
+    inputs["input_ids"][:, -1] = REFLECTION
+    with look_again(model, config(**fields)) as session, torch.no_grad():
+        new, logits = generate(model, inputs, reflect_at(*STEPS))
+        again, found = generate(model, inputs, reflect_at(*STEPS), use_cache=False)
+        steps = [[r.step for r in row] for row in session.trace.reflections]
+        assert torch.equal(again, new) and steps == STEPS
+        batch = whole_sequence(inputs, new)
+        model(**{name: value for name, value in batch.items() if name != "labels"})
+        assert [len(row) for row in session.trace.reflections] == [3, 2]
+    torch.testing.assert_close(found, logits, **CLOSE)
+
+
 def test_streaming():
     model, inputs = tiny_model(), row_alone(tiny_inputs(ROWS), 0)
 
