@@ -76,6 +76,7 @@ class Attachment:
         self._hook(base.register_forward_pre_hook, self._before_base)
         self._hook(decoder.register_forward_pre_hook, self._before_decoder)
         self._handles.append(decoder.register_forward_hook(self._after_decoder))
+        self._handles.append(base.register_forward_hook(self._after_base, always_call=True))
         self._replace("_validate_generation_mode", self._check_mode)
         self._replace("_get_logits_processor", self._logits_processors)
         self._replace("generate", self._generate)
@@ -164,6 +165,10 @@ class Attachment:
 
     def _after_decoder(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401
         return self.engines[-1].after_decoder(output)
+
+    def _after_base(self, *_: Any) -> None:  # noqa: ANN401
+        """Also after an error: what was planned for the decoder is not for another call."""
+        self.engines[-1].forget_plan()
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:

@@ -122,6 +122,10 @@ class Engine:
             plan.rollout.finish_step()
         return output
 
+    def forget_plan(self) -> None:
+        """After the base model's forward, whether it returned or raised."""
+        self._plan = None
+
     def _step(self, keywords: dict[str, Any], rollout: Rollout) -> dict[str, Any]:
         """One generated token for each row."""
         cache = keywords["past_key_values"]
@@ -260,6 +264,12 @@ class Engine:
 
     def _rollout_of(self, cache: Any, state: Rollout | SequenceForward) -> Rollout:  # noqa: ANN401
         """The state of a cache, made from the forward that filled it where need be."""
+        if state.config is not self.config and state.config != self.config:
+            raise ValueError(
+                "past_key_values was filled under another configuration: "
+                f"{_differences(state.config, self.config)}; start with an empty cache, or look "
+                "again as before"
+            )
         if isinstance(state, SequenceForward):
             if self.config.backend != "virtual" and self.config.looks:
                 raise ValueError(
@@ -278,6 +288,13 @@ class Engine:
             state = rollout
         self._latest = state
         return state
+
+
+def _differences(before: LookAgainConfig, now: LookAgainConfig) -> str:
+    """What each field that differs was and is, in words."""
+    old, new = before.to_dict(), now.to_dict()
+    changed = [name for name in old if old[name] != new[name]]
+    return ", ".join(f"{name} was {old[name]!r} and is {new[name]!r}" for name in changed)
 
 
 def _limit(cache: Any) -> int:  # noqa: ANN401 - any cache

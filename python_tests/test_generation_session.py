@@ -95,6 +95,39 @@ def test_an_interrupted_forward_leaves_the_session_usable():
     assert torch.equal(logits, expected)
 
 
+def test_an_interrupted_forward_leaves_nothing_for_the_next_one():
+    model, inputs = tiny_model(), tiny_inputs(ROWS)
+    decoder, embeddings = model.model.language_model, torch.randn(1, 5, 64, dtype=torch.float64)
+    for cache in (None, DynamicCache()):
+        with look_again(model, config()), torch.no_grad():
+            expected = decoder(inputs_embeds=embeddings).last_hidden_state
+            for where in (model.model.visual, decoder.layers[1]):
+                handle = where.register_forward_hook(fail)
+                with pytest.raises(RuntimeError, match="stop here"):
+                    model(**inputs, labels=inputs["input_ids"], past_key_values=cache)
+                handle.remove()
+                found = decoder(inputs_embeds=embeddings).last_hidden_state
+                assert torch.equal(found, expected)
+
+
+def test_a_cache_belongs_to_one_configuration():
+    model, inputs = tiny_model(), tiny_inputs(ROWS)
+    cache, more = DynamicCache(), torch.full((2, 3), 20)
+    with look_again(model, config()), torch.no_grad():
+        new, _ = generate(model, inputs, reflect_at(*STEPS), past_key_values=cache)
+    ids = torch.cat([inputs["input_ids"], new, more], dim=1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 15), value=1)
+    turn = {"input_ids": ids, "attention_mask": mask}
+    wanted = "strategy was 'copy' and is 'off'; start with an empty cache"
+    with look_again(model, config(strategy="off")), pytest.raises(ValueError, match=wanted):
+        generate(model, turn, reflect_at([], []), past_key_values=cache)
+    with look_again(model, config(strategy="off")), pytest.raises(ValueError, match=wanted):
+        model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache)
+    with look_again(model, config()) as session:
+        generate(model, turn, reflect_at([], []), past_key_values=cache)
+        assert [len(row) for row in session.trace.reflections] == [2, 1]
+
+
 def test_sessions_nest():
     model, inputs = tiny_model(), tiny_inputs(ROWS)
     before = state(model)
