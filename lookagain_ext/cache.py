@@ -176,8 +176,9 @@ class LookAgainCache(Cache):
         num_layers: layers of the decoder.
         max_length: tokens that a row can hold, prompt and answer; None grows as needed.
         reserve: further slots for re-injected rows (`backend="append"` or "reencode");
-            look_again raises it to max_reinjections times the visual tokens of the largest row,
-            as long as nothing has been allocated.
+            look_again raises it to max_reinjections times the visual tokens of the largest row. A
+            cache with `max_length` that has been used cannot be raised: give it the reserve that
+            its largest images will need.
 
     Raises:
         ValueError: if a size is not positive.
@@ -194,10 +195,18 @@ class LookAgainCache(Cache):
         super().__init__(layers=[LookAgainLayer(max_length, reserve) for _ in range(num_layers)])
 
     def set_reserve(self, reserve: int) -> None:
-        """Reserve slots for re-injected rows, as long as nothing has been allocated yet."""
+        """Reserve at least so many slots for re-injected rows.
+
+        Raises:
+            ValueError: if the cache has a `max_length` and was allocated with less.
+        """
         for layer in self.layers:
-            if not layer.is_initialized:
-                layer.reserve = max(layer.reserve, reserve)
+            if reserve > layer.reserve and layer.is_initialized and layer.max_length is not None:
+                raise ValueError(
+                    f"the cache was allocated with reserve={layer.reserve}, and {reserve} slots "
+                    f"are needed for re-injected rows; make a new one with reserve={reserve}"
+                )
+            layer.reserve = max(layer.reserve, reserve)
 
     def lengths(self) -> Tensor:
         """int32 [B], used slots of each row, re-injected rows included."""

@@ -172,6 +172,7 @@ class Engine:
             whole = torch.cat([old_positions, positions], dim=-1)
             mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])
             layout = visual_layout(ids, whole, mask, self.family.visual_token_ids())
+            cache = self._own_cache(cache, layout.max_visual)
             rollout = self._open(layout, ids.shape[1], cache)
             rollout.prompt = (ids, whole)
         else:
