@@ -6,6 +6,7 @@ embeddings and puts the keywords in, so that the vision tower never meets them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from .cache import LookAgainCache
 from .config import LookAgainConfig
-from .layout import visual_layout
+from .layout import key_starts, visual_layout
 from .models import Family
 from .record import Buffers, DecoderShape
 from .reencode import is_sharded
@@ -183,6 +184,9 @@ class Engine:
                     torch.cat([old_ids, ids], dim=1),
                     torch.cat([old_positions, more], dim=-1),
                 )
+            mask = _seen_mask(keywords.get("attention_mask"), past + ids.shape[1])
+            if mask is not None:  # a row may have been nothing but padding until now
+                rollout.layout = replace(rollout.layout, key_start=key_starts(mask))
             rollout.restart(past + ids.shape[1])
             positions = positions + rollout.offset[-positions.shape[0] :]
         count = keywords["input_ids"].shape[1]

@@ -25,6 +25,7 @@ from tiny_models import (
 )
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TextStreamer
 
+from lookagain_ext.cache import LookAgainCache
 from lookagain_ext.generation import LookAgainConfig, look_again
 from lookagain_ext.visual import NEVER
 
@@ -362,14 +363,19 @@ def test_loop_of_ones_own(begun, fields):
     torch.testing.assert_close(torch.stack(found, dim=1).float(), logits[:, begun:], **CLOSE)
 
 
-def test_prompt_in_chunks():
-    model, inputs = tiny_model(), tiny_inputs(ROWS)
-    new, logits, trace = run(model, inputs, strategy="route", track_attention=True)
+@pytest.mark.parametrize(
+    "fields", [{"strategy": "route", "track_attention": True}, {"backend": "append"}]
+)
+@pytest.mark.parametrize("rows", [ROWS, [ROWS[1], [1, (1, 2)]], [ROWS[1], [2]]])
+def test_prompt_in_chunks(rows, fields):
+    """Also where the first chunks of a row are nothing but padding, or hold part of an image."""
+    model, inputs = tiny_model(), tiny_inputs(rows)
+    new, logits, trace = run(model, inputs, [[1, 2, 3, 4, 6], [1, 3, 4, 5, 7]], **fields)
     positions, _ = model.model.get_rope_index(**{k: inputs[k] for k in inputs if "pix" not in k})
     embeddings = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
     features = torch.cat(embeddings.pooler_output)
-    cache, first = DynamicCache(), 0
-    with look_again(model, config(strategy="route", track_attention=True)), torch.no_grad():
+    cache, first = LookAgainCache(2) if "backend" in fields else DynamicCache(), 0
+    with look_again(model, config(**fields)), torch.no_grad():
         session_logits = []
         for first, end in ((0, 6), (6, 11), (11, 18)):
             ids = inputs["input_ids"][:, first:end]
