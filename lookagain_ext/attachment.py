@@ -41,6 +41,7 @@ class Attachment:
         self._family = family
         self._attention = family.text_config._attn_implementation
         self._saved_config = getattr(family.config, "lookagain", _MISSING)
+        self._home = id(family.model)
         self._methods: dict[str, Any] = {}
         self._handles: list[Any] = []
         self._generating: Engine | None = None
@@ -53,6 +54,10 @@ class Attachment:
             attachment = cls(family)
             attachment._install()
             setattr(family.model, _NAME, attachment)
+        elif attachment._home != id(family.model):
+            # The model is a copy, made while a session was open on the original.
+            attachment._home = id(family.model)
+            attachment.engines.clear()
         attachment.engines.append(engine)
         attachment._publish(engine.config)
         return attachment

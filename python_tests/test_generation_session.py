@@ -24,6 +24,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from lookagain_ext.attention import ATTENTION_NAME
 from lookagain_ext.generation import LookAgainConfig, look_again
+from lookagain_ext.record import LOGGED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = [[3, (2, 3), 4], [2, (2, 2), 2, (1, 3), 3]]
@@ -148,6 +149,7 @@ def test_sessions_nest():
 
 def test_a_copy_of_the_model_looks_by_itself_and_nothing_is_kept_alive():
     model, inputs = tiny_model(), tiny_inputs(ROWS)
+    before = state(model)
     session = look_again(model, config())
     _, logits = generate(model, inputs, reflect_at(*STEPS))
     twin = copy.deepcopy(model)
@@ -156,6 +158,12 @@ def test_a_copy_of_the_model_looks_by_itself_and_nothing_is_kept_alive():
     assert torch.equal(again, logits)
     _, plain = generate(model, inputs, reflect_at(*STEPS))
     assert (plain - logits).abs().max() > 1e-3
+    with look_again(twin, config(strategy="off")):
+        _, off = generate(twin, inputs, reflect_at(*STEPS))
+    assert state(twin) == before
+    _, own = generate(twin, inputs, reflect_at(*STEPS))
+    assert torch.equal(own, plain)
+    torch.testing.assert_close(off, plain, **CLOSE)
     gone = weakref.ref(twin)
     del twin
     gc.collect()
@@ -238,6 +246,15 @@ def test_long_generations_outgrow_the_first_buffers():
         assert trace.attention.shape == (1, 149) and bool((trace.attention > 0).all())
         mean = trace.attention_map[0, :140].mean(0)
         torch.testing.assert_close(trace.reflections[0][0].mass_before, mean, **CLOSE)
+
+
+def test_the_trace_lists_so_many_reflections():
+    """As its docstring says; those after them had their effect."""
+    model, inputs = tiny_model(layers=1), row_alone(tiny_inputs(ROWS), 0)
+    with look_again(model, config(max_reinjections=2, keep="latest")) as session:
+        generate(model, inputs, reflect_at(range(70)), 72)
+        assert len(session.trace.reflections[0]) == LOGGED
+    assert f"the first {LOGGED} at most" in type(session.trace).__doc__
 
 
 @pytest.mark.parametrize(
