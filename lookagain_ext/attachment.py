@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.generation.configuration_utils import GenerationMode
 
 from .attention import ATTENTION_NAME
+from .checkpointing import keep_attention, release_attention
 from .config import LookAgainConfig
 from .engine import Engine
 from .models import Family
@@ -37,12 +39,12 @@ class Attachment:
     def __init__(self, family: Family) -> None:
         self.engines: list[Engine] = []
         self._family = family
-        model, generation = family.model, family.model.generation_config
         self._attention = family.text_config._attn_implementation
         self._saved_config = getattr(family.config, "lookagain", _MISSING)
-        self._suppressed = generation.suppress_tokens
-        self._mode_check = model.__dict__.get("_validate_generation_mode", _MISSING)
+        self._home = id(family.model)
+        self._methods: dict[str, Any] = {}
         self._handles: list[Any] = []
+        self._generating: Engine | None = None
 
     @classmethod
     def enter(cls, family: Family, engine: Engine) -> Attachment:
@@ -52,6 +54,10 @@ class Attachment:
             attachment = cls(family)
             attachment._install()
             setattr(family.model, _NAME, attachment)
+        elif attachment._home != id(family.model):
+            # The model is a copy, made while a session was open on the original.
+            attachment._home = id(family.model)
+            attachment.engines.clear()
         attachment.engines.append(engine)
         attachment._publish(engine.config)
         return attachment
@@ -75,9 +81,10 @@ class Attachment:
         self._hook(base.register_forward_pre_hook, self._before_base)
         self._hook(decoder.register_forward_pre_hook, self._before_decoder)
         self._handles.append(decoder.register_forward_hook(self._after_decoder))
-        placeholders = list(self._family.visual_token_ids())
-        model.generation_config.suppress_tokens = [*(self._suppressed or []), *placeholders]
-        model._validate_generation_mode = self._check_mode
+        self._handles.append(base.register_forward_hook(self._after_base, always_call=True))
+        self._replace("_validate_generation_mode", self._check_mode)
+        self._replace("_get_logits_processor", self._logits_processors)
+        self._replace("generate", self._generate)
         _forget_compiled(model)
 
     def _check_mode(self, mode: GenerationMode, *args: Any, **keywords: Any) -> None:  # noqa: ANN401
@@ -86,11 +93,39 @@ class Attachment:
                 f"generation mode {mode.value!r} is not supported under look_again: use "
                 "greedy decoding or sampling (num_return_sequences is fine)"
             )
-        model = self._family.model
-        if self._mode_check is _MISSING:
-            type(model)._validate_generation_mode(model, mode, *args, **keywords)
-        else:
-            self._mode_check(mode, *args, **keywords)
+        self._original("_validate_generation_mode", mode, *args, **keywords)
+
+    def _logits_processors(self, *args: Any, **keywords: Any) -> LogitsProcessorList:  # noqa: ANN401
+        """Those of the generation, after one that forbids placeholders.
+
+        Not through `generation_config`, whose `suppress_tokens` a call to generate replaces.
+        """
+        found = self._original("_get_logits_processor", *args, **keywords)
+        if self._generating is not None:
+            self._generating.prompt_length = keywords.get("input_ids_seq_length")
+        placeholders = self._family.visual_token_ids()
+        banned = SuppressTokensLogitsProcessor(placeholders, keywords.get("device") or "cpu")
+        return LogitsProcessorList([banned, *found])
+
+    def _generate(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        """As before; meanwhile the engine knows how long the prompt is."""
+        engine = self._generating = self.engines[-1]
+        try:
+            return self._original("generate", *args, **keywords)
+        finally:
+            self._generating = engine.prompt_length = None
+
+    def _replace(self, name: str, method: Callable[..., Any]) -> None:
+        """Put a method on the model itself, in front of its class's."""
+        self._methods[name] = self._family.model.__dict__.get(name, _MISSING)
+        setattr(self._family.model, name, method)
+
+    def _original(self, name: str, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        """Call the method that stood there before."""
+        model, method = self._family.model, self._methods[name]
+        if method is _MISSING:
+            return getattr(type(model), name)(model, *args, **keywords)
+        return method(*args, **keywords)
 
     def _hook(self, register: Callable[..., Any], function: Callable[..., Any]) -> None:
         self._handles.append(register(function, with_kwargs=True))
@@ -103,12 +138,14 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        release_attention(self._family.decoder)
         model.set_attn_implementation({"text_config": self._attention})
-        model.generation_config.suppress_tokens = self._suppressed
-        if self._mode_check is _MISSING:
-            del model._validate_generation_mode
-        else:
-            model._validate_generation_mode = self._mode_check
+        for name, method in self._methods.items():
+            if method is _MISSING:
+                delattr(model, name)
+            else:
+                setattr(model, name, method)
+        self._methods.clear()
         if self._saved_config is _MISSING:
             del config.lookagain
         else:
@@ -127,10 +164,16 @@ class Attachment:
     def _before_decoder(
         self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            keep_attention(module, ATTENTION_NAME)
         return (), self.engines[-1].before_decoder(_by_name(module, args, keywords))
 
     def _after_decoder(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401
         return self.engines[-1].after_decoder(output)
+
+    def _after_base(self, *_: Any) -> None:  # noqa: ANN401
+        """Also after an error: what was planned for the decoder is not for another call."""
+        self.engines[-1].forget_plan()
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:

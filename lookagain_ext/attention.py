@@ -11,8 +11,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 
 from . import ops
-from .cache import LookAgainLayer
+from .cache import LookAgainLayer, attention_dtype
 from .layer_routing import LayerRouting, MassProbe, route_layer
+from .rope import frequencies, layer_frequencies, refuse_unknown_layer, turn
 from .visual import VisualContext
 
 ATTENTION_NAME = "lookagain"
@@ -38,6 +39,9 @@ def lookagain_attention(
     **_: Any,  # noqa: ANN401 - every model passes keywords of its own
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls under the name "lookagain".
+
+    Under autocast, queries, keys and values are brought to its dtype, as by PyTorch's own attention
+    functions.
 
     Args:
         module: the attention module; only its `layer_idx` is read.
@@ -65,6 +69,7 @@ def lookagain_attention(
     """
     if dropout:
         raise ValueError(f"attention dropout is not supported, got {dropout}; set it to 0")
+    query, key, value = (states.to(attention_dtype(states)) for states in (query, key, value))
     if key_start is None and key_length is None and attention_mask is not None:
         key_start, key_length = _bounds(attention_mask, query.shape[2], key.shape[2])
     if layer_selected is not None:
@@ -197,7 +202,7 @@ class RoutedAttention(nn.Module):
         if qk_norm_eps is not None:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=qk_norm_eps, **made)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=qk_norm_eps, **made)
-        self._set_frequencies(rope_theta, device)
+        self._set_frequencies(frequencies(rope_theta, self.head_dim, device))
 
     @classmethod
     def from_hf(cls, attention: nn.Module) -> RoutedAttention:
@@ -209,33 +214,28 @@ class RoutedAttention(nn.Module):
 
         Raises:
             TypeError: if a projection is missing.
-            ValueError: if it uses a sliding window.
+            ValueError: if it computes anything more: sliding windows, softcapping, attention
+                sinks, or rotary embeddings of another kind.
 
         Example:
             >>> layer.self_attn = RoutedAttention.from_hf(layer.self_attn)
         """
-        names = ("q_proj", "k_proj", "v_proj", "o_proj")
-        if missing := [name for name in names if not hasattr(attention, name)]:
-            raise TypeError(f"{type(attention).__name__} has no {', '.join(missing)}")
-        if getattr(attention, "sliding_window", None):
-            raise ValueError("sliding-window attention is not supported")
+        refuse_unknown_layer(attention)
         module = cls.__new__(cls)
         nn.Module.__init__(module)
-        for name in names:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(module, name, getattr(attention, name))
         module.q_norm = getattr(attention, "q_norm", None)
         module.k_norm = getattr(attention, "k_norm", None)
         module.head_dim = attention.head_dim
         module.layer_idx = getattr(attention, "layer_idx", 0)
         module.scaling = getattr(attention, "scaling", attention.head_dim**-0.5)
-        rope = getattr(getattr(attention, "config", None), "rope_parameters", None) or {}
-        device = attention.q_proj.weight.device
-        module._set_frequencies(rope.get("rope_theta", 10000.0), device)
+        module._set_frequencies(*layer_frequencies(attention))
         return module.train(attention.training)
 
-    def _set_frequencies(self, theta: float, device: torch.device | str | None) -> None:
-        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
-        self.register_buffer("inv_freq", theta ** (-steps / self.head_dim), persistent=False)
+    def _set_frequencies(self, inv_freq: Tensor, factor: float = 1.0) -> None:
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.rotary_factor = factor
 
     def forward(
         self,
@@ -254,7 +254,8 @@ class RoutedAttention(nn.Module):
             position_ids: integer [B, L], read when `position_embeddings` is None; default: counted
                 on from the cache.
             past_key_values: a cache, written in place.
-            position_embeddings: (cos, sin), each [B, L, D], NeoX layout.
+            position_embeddings: (cos, sin), each [B, L, rotary_dim], NeoX layout; features past
+                rotary_dim are not turned.
             **keywords: `visual_context`, `key_start` int32 [B], `key_length` int32 [B],
                 `visual_mass` float32 [B, H_kv, L_c] (added to in place); others are ignored.
 
@@ -269,7 +270,7 @@ class RoutedAttention(nn.Module):
         if position_embeddings is None:
             position_embeddings = self._rotary(hidden_states, position_ids, past_key_values)
         cos, sin = (part.unsqueeze(2) for part in position_embeddings)
-        query, key = _turn(query, cos, sin).transpose(1, 2), _turn(key, cos, sin).transpose(1, 2)
+        query, key = turn(query, cos, sin).transpose(1, 2), turn(key, cos, sin).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
             layer = past_key_values.layers[self.layer_idx]
@@ -288,9 +289,5 @@ class RoutedAttention(nn.Module):
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None] + past
         angle = position_ids[..., None].float() * self.inv_freq
         angle = torch.cat([angle, angle], dim=-1)
-        return angle.cos().to(hidden.dtype), angle.sin().to(hidden.dtype)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+        factor, kind = self.rotary_factor, hidden.dtype
+        return (angle.cos() * factor).to(kind), (angle.sin() * factor).to(kind)

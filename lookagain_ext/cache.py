@@ -10,6 +10,22 @@ _GROWTH = 256
 """Slots that a growing cache adds at least, so that it seldom moves."""
 
 
+def attention_dtype(states: Tensor) -> torch.dtype:
+    """The dtype in which queries, keys or values take part in attention.
+
+    Autocast's where it is on. Without this, rotary embedding would leave queries and keys in
+    float32, and values in the lower precision.
+
+    Args:
+        states: of any shape; float64 stays as it is, as everywhere under autocast.
+    """
+    kind = states.device.type
+    known = states.dtype != torch.float64 and torch.amp.is_autocast_available(kind)
+    if known and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return states.dtype
+
+
 class LookAgainLayer(CacheLayerMixin):
     """The keys and values of one decoder layer.
 
@@ -32,12 +48,13 @@ class LookAgainLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch, heads, dtype and device of the first keys and values."""
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = attention_dtype(key_states), key_states.device
         batch, heads, new, size = key_states.shape
         capacity = self.max_length or new + _GROWTH
         shape = (batch, heads, capacity + self.reserve)
-        self.keys = key_states.new_zeros(*shape, size)
-        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        made = {"dtype": self.dtype, "device": self.device}
+        self.keys = torch.zeros(*shape, size, **made)
+        self.values = torch.zeros(*shape, value_states.shape[-1], **made)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
         self.rows = torch.arange(batch, device=self.device)[:, None]
@@ -71,8 +88,8 @@ class LookAgainLayer(CacheLayerMixin):
         elif self.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_room(new)
         slots = self.lengths[:, None] + torch.arange(new, device=self.device)
-        self.keys.transpose(1, 2)[self.rows, slots] = key_states.transpose(1, 2)
-        self.values.transpose(1, 2)[self.rows, slots] = value_states.transpose(1, 2)
+        for kept, states in ((self.keys, key_states), (self.values, value_states)):
+            kept.transpose(1, 2)[self.rows, slots] = states.transpose(1, 2).to(self.dtype)
         self.lengths += new
         self.seen += new
         if self.max_length is None:
@@ -159,8 +176,9 @@ class LookAgainCache(Cache):
         num_layers: layers of the decoder.
         max_length: tokens that a row can hold, prompt and answer; None grows as needed.
         reserve: further slots for re-injected rows (`backend="append"` or "reencode");
-            look_again raises it to max_reinjections times the visual tokens of the largest row,
-            as long as nothing has been allocated.
+            look_again raises it to max_reinjections times the visual tokens of the largest row. A
+            cache with `max_length` that has been used cannot be raised: give it the reserve that
+            its largest images will need.
 
     Raises:
         ValueError: if a size is not positive.
@@ -177,10 +195,18 @@ class LookAgainCache(Cache):
         super().__init__(layers=[LookAgainLayer(max_length, reserve) for _ in range(num_layers)])
 
     def set_reserve(self, reserve: int) -> None:
-        """Reserve slots for re-injected rows, as long as nothing has been allocated yet."""
+        """Reserve at least so many slots for re-injected rows.
+
+        Raises:
+            ValueError: if the cache has a `max_length` and was allocated with less.
+        """
         for layer in self.layers:
-            if not layer.is_initialized:
-                layer.reserve = max(layer.reserve, reserve)
+            if reserve > layer.reserve and layer.is_initialized and layer.max_length is not None:
+                raise ValueError(
+                    f"the cache was allocated with reserve={layer.reserve}, and {reserve} slots "
+                    f"are needed for re-injected rows; make a new one with reserve={reserve}"
+                )
+            layer.reserve = max(layer.reserve, reserve)
 
     def lengths(self) -> Tensor:
         """int32 [B], used slots of each row, re-injected rows included."""

@@ -6,6 +6,7 @@ embeddings and puts the keywords in, so that the vision tower never meets them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from .cache import LookAgainCache
 from .config import LookAgainConfig
-from .layout import visual_layout
+from .layout import key_starts, visual_layout
 from .models import Family
 from .record import Buffers, DecoderShape
 from .reencode import is_sharded
@@ -44,11 +45,15 @@ class Engine:
     Args:
         family: the model, with what is particular to it.
         config: how to look again, with `reflection_token_id` set.
+
+    Attributes:
+        prompt_length: tokens of the prompt while generate runs, else None.
     """
 
     def __init__(self, family: Family, config: LookAgainConfig) -> None:
         self.family = family
         self.config = config
+        self.prompt_length: int | None = None
         if config.backend == "reencode" and config.looks and is_sharded(family.decoder):
             raise ValueError(
                 "backend='reencode' runs extra forwards for some rows only, which hangs when "
@@ -118,6 +123,10 @@ class Engine:
             plan.rollout.finish_step()
         return output
 
+    def forget_plan(self) -> None:
+        """After the base model's forward, whether it returned or raised."""
+        self._plan = None
+
     def _step(self, keywords: dict[str, Any], rollout: Rollout) -> dict[str, Any]:
         """One generated token for each row."""
         cache = keywords["past_key_values"]
@@ -164,6 +173,7 @@ class Engine:
             whole = torch.cat([old_positions, positions], dim=-1)
             mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])
             layout = visual_layout(ids, whole, mask, self.family.visual_token_ids())
+            cache = self._own_cache(cache, layout.max_visual)
             rollout = self._open(layout, ids.shape[1], cache)
             rollout.prompt = (ids, whole)
         else:
@@ -174,6 +184,9 @@ class Engine:
                     torch.cat([old_ids, ids], dim=1),
                     torch.cat([old_positions, more], dim=-1),
                 )
+            mask = _seen_mask(keywords.get("attention_mask"), past + ids.shape[1])
+            if mask is not None:  # a row may have been nothing but padding until now
+                rollout.layout = replace(rollout.layout, key_start=key_starts(mask))
             rollout.restart(past + ids.shape[1])
             positions = positions + rollout.offset[-positions.shape[0] :]
         count = keywords["input_ids"].shape[1]
@@ -204,6 +217,9 @@ class Engine:
     def _sequence(self, keywords: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
         """A whole sequence without a cache: training, scoring, or a loop's first call."""
         ids, positions = keywords["input_ids"], keywords.get("position_ids")
+        if labels is None and self.prompt_length is not None:
+            labels = ids.clone()  # generate without a cache: only what it wrote triggers
+            labels[:, : self.prompt_length] = -100
         given = positions is not None
         positions = _axes(positions if given else self.family.positions(keywords))
         mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])
@@ -253,6 +269,12 @@ class Engine:
 
     def _rollout_of(self, cache: Any, state: Rollout | SequenceForward) -> Rollout:  # noqa: ANN401
         """The state of a cache, made from the forward that filled it where need be."""
+        if state.config is not self.config and state.config != self.config:
+            raise ValueError(
+                "past_key_values was filled under another configuration: "
+                f"{_differences(state.config, self.config)}; start with an empty cache, or look "
+                "again as before"
+            )
         if isinstance(state, SequenceForward):
             if self.config.backend != "virtual" and self.config.looks:
                 raise ValueError(
@@ -271,6 +293,13 @@ class Engine:
             state = rollout
         self._latest = state
         return state
+
+
+def _differences(before: LookAgainConfig, now: LookAgainConfig) -> str:
+    """What each field that differs was and is, in words."""
+    old, new = before.to_dict(), now.to_dict()
+    changed = [name for name in old if old[name] != new[name]]
+    return ", ".join(f"{name} was {old[name]!r} and is {new[name]!r}" for name in changed)
 
 
 def _limit(cache: Any) -> int:  # noqa: ANN401 - any cache

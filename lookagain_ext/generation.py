@@ -27,11 +27,16 @@ def look_again(
 
     From now on `model.generate(...)` and training forwards show the image's visual tokens to the
     model once more at every `<REFLECTION>` it writes (Qwen Look Again, arXiv 2505.23558), each
-    row of a batch by itself. Nothing in the model is replaced: it gets two hooks and another
-    attention function for its text decoder, and `detach()` takes them away.
+    row of a batch by itself. Nothing in the model is replaced: it gets a few hooks and another
+    attention function for its text decoder, and `detach()` takes them away. A `copy.deepcopy` of
+    the model made meanwhile looks again too, until a session of its own on it is detached.
 
     While decoding, only generated tokens trigger. In a forward with `labels`, only positions whose
     label is not -100; in one without labels or cache, those after the last visual token.
+
+    Gradients are right also when `backward()` comes after the session has ended, with gradient
+    checkpointing by transformers or PyTorch's `checkpoint_wrapper`. If you call
+    `torch.utils.checkpoint` on parts of the model yourself, call `backward()` within the session.
 
     Args:
         model: a Hugging Face vision-language model of a known family, or a wrapper of one.

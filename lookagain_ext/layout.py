@@ -86,7 +86,7 @@ def visual_layout(
 
 
 def key_starts(attention_mask: Tensor | None) -> Tensor | None:
-    """First key index of each row that is not padding.
+    """First key index of each row that is not padding; L for a row that is nothing else so far.
 
     Args:
         attention_mask: [B, L], 0 on padding, or None.
@@ -109,7 +109,9 @@ def key_starts(attention_mask: Tensor | None) -> Tensor | None:
         return None
     first = kept.int().argmax(-1)
     last = kept.shape[1] - 1 - kept.flip(-1).int().argmax(-1)
-    if bool((kept.sum(-1) != last - first + 1).any()):
+    count = kept.sum(-1)
+    first = torch.where(count > 0, first, kept.shape[1])
+    if bool((count != (last - first + 1).clamp(min=0)).any()):
         raise ValueError("attention_mask has holes: pad rows on one side only")
     return first.to(torch.int32)
 

@@ -40,7 +40,8 @@ class Trace:
     """What happened in the latest sequence of a session, copied from the device when asked for.
 
     Attributes:
-        reflections: for each row, its reflections in order.
+        reflections: for each row, its reflections in order; of a generation the first 64 at most
+            (those after them had their effect, but are not listed).
         attention: float32 [B, steps], share of the attention of each generated token that landed
             on visual tokens, mean over layers and heads; None unless tracked or routed by. The
             last token of an answer is never fed back, so it has no step. Rows that finished

@@ -8,7 +8,23 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_inputs, tiny_model
 from torch import nn
-from transformers import DynamicCache
+from transformers import (
+    CohereConfig,
+    CohereModel,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2Model,
+    GptOssConfig,
+    GptOssModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    SmolLM3Config,
+    SmolLM3Model,
+    StableLmConfig,
+    StableLmForCausalLM,
+    StableLmModel,
+)
 
 from lookagain_ext.attention import RoutedAttention, lookagain_attention, lookagain_mask
 from lookagain_ext.cache import LookAgainCache
@@ -119,6 +135,80 @@ def test_module_refuses():
         RoutedAttention(30, 4)
     with pytest.raises(TypeError, match="Linear has no q_proj, k_proj, v_proj, o_proj"):
         RoutedAttention.from_hf(nn.Linear(2, 2))
+
+
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+ROPES = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, **LLAMA3},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@torch.no_grad()
+def test_from_hf_has_the_frequencies_of_the_model(rope):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(**SMALL, rope_parameters={"rope_theta": 500.0, **ROPES[rope]})
+    )
+    module = RoutedAttention.from_hf(model.model.layers[0].self_attn)
+    rotary, hidden = model.model.rotary_emb, torch.randn(1, 40, 64)
+    torch.testing.assert_close(module.inv_freq, rotary.inv_freq)
+    given = rotary(hidden, torch.arange(40)[None])
+    alone, _ = module(hidden)
+    torch.testing.assert_close(module(hidden, position_embeddings=given)[0], alone, **CLOSE)
+
+
+@torch.no_grad()
+def test_from_hf_turns_only_the_rotary_features():
+    torch.manual_seed(0)
+    fields = {name: value for name, value in SMALL.items() if name != "head_dim"}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    model = StableLmForCausalLM(StableLmConfig(**fields, rope_parameters=rope)).eval()
+    ids = torch.randint(32, (2, 12))
+    expected = model(ids).logits
+    for layer in model.model.layers:
+        layer.self_attn = RoutedAttention.from_hf(layer.self_attn)
+    module = model.model.layers[0].self_attn
+    torch.testing.assert_close(module.inv_freq, model.model.rotary_emb.inv_freq)
+    torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+    hidden = torch.randn(2, 12, 64)
+    given = model.model.rotary_emb(hidden, torch.arange(12)[None])
+    alone, _ = module(hidden)
+    torch.testing.assert_close(module(hidden, position_embeddings=given)[0], alone, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        (Gemma2Model, Gemma2Config(**SMALL), "Gemma2Attention has softcapping of the attention"),
+        (GptOssModel, GptOssConfig(**SMALL, num_local_experts=2), "has attention sinks"),
+        (CohereModel, CohereConfig(**SMALL), "turn neighbouring features as pairs"),
+        (StableLmModel, StableLmConfig(**SMALL, qk_layernorm=True), "k_layernorm, q_layernorm"),
+        (SmolLM3Model, SmolLM3Config(**SMALL, no_rope_layers=[1, 0]), "no rotary positions"),
+        (
+            LlamaModel,
+            LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+            "rotary embeddings of type 'dynamic' are not supported",
+        ),
+    ],
+)
+def test_from_hf_refuses_what_it_does_not_compute(model, config, message):
+    with pytest.raises(ValueError, match=message):
+        RoutedAttention.from_hf(model(config).layers[1].self_attn)
 
 
 def test_mask_keeps_two_dimensions_and_the_width_of_the_cache():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_inputs, tiny_model
+from tiny_models import FAMILIES, REFLECTION, generate, reflect_at, tiny_inputs, tiny_model
 
-from lookagain_ext import ops
+from lookagain_ext import LookAgainConfig, look_again, ops
 from lookagain_ext.cache import LookAgainCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,6 +90,27 @@ def test_generate_without_look_again(family, length):
     options = {"past_key_values": cache, "disable_compile": True}
     found = model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["append", "reencode"])
+def test_a_larger_image_after_reset(backend):
+    """The reserve grows with the image, or the cache says that it cannot."""
+    model, small = tiny_model(), tiny_inputs([[2, (2, 2), 2]])
+    large, steps = tiny_inputs([[2, (12, 12), 2]]), [1, 2, 3, 4, 5, 6]
+    growing, static = LookAgainCache(2), LookAgainCache(2, max_length=400)
+    with look_again(model, LookAgainConfig(reflection_token_id=REFLECTION, backend=backend)):
+        _, expected = generate(model, large, reflect_at(steps))
+        for cache in (growing, static):
+            options = {"past_key_values": cache, "disable_compile": True}
+            generate(model, small, reflect_at([2]), **options)
+            cache.reset()
+            if cache is growing:
+                _, logits = generate(model, large, reflect_at(steps), **options)
+                torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+            else:
+                wanted = "allocated with reserve=32, and 1152 slots are needed"
+                with pytest.raises(ValueError, match=wanted):
+                    generate(model, large, reflect_at(steps), **options)
 
 
 def test_refuses():

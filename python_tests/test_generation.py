@@ -8,8 +8,10 @@ import pytest
 import torch
 from tiny_models import (
     END,
+    EOS,
     FAMILIES,
     IMAGE,
+    PAD,
     REFLECTION,
     START,
     VIDEO,
@@ -21,8 +23,9 @@ from tiny_models import (
     tiny_model,
     whole_sequence,
 )
-from transformers import DynamicCache, LogitsProcessorList, TextStreamer
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TextStreamer
 
+from lookagain_ext.cache import LookAgainCache
 from lookagain_ext.generation import LookAgainConfig, look_again
 from lookagain_ext.visual import NEVER
 
@@ -266,6 +269,27 @@ def test_placeholders_are_never_written():
     assert written()
     with look_again(model, config()):
         assert not written()
+        assert not written(suppress_tokens=[9])
+        assert not written(generation_config=GenerationConfig(eos_token_id=EOS, pad_token_id=PAD))
+        mine = reflect_at(*STEPS)
+        generate(model, inputs, mine)
+        assert len(mine) == 1
+
+
+@pytest.mark.parametrize("fields", [{}, *ROUTES, {"backend": "reencode"}])
+def test_generate_without_a_cache(fields):
+    """A reflection in the prompt does not trigger, as with a cache."""
+    model, inputs = tiny_model(), tiny_inputs(ROWS)
+    inputs["input_ids"][:, -1] = REFLECTION
+    with look_again(model, config(**fields)) as session, torch.no_grad():
+        new, logits = generate(model, inputs, reflect_at(*STEPS))
+        again, found = generate(model, inputs, reflect_at(*STEPS), use_cache=False)
+        steps = [[r.step for r in row] for row in session.trace.reflections]
+        assert torch.equal(again, new) and steps == STEPS
+        batch = whole_sequence(inputs, new)
+        model(**{name: value for name, value in batch.items() if name != "labels"})
+        assert [len(row) for row in session.trace.reflections] == [3, 2]
+    torch.testing.assert_close(found, logits, **CLOSE)
 
 
 def test_streaming():
@@ -339,14 +363,19 @@ def test_loop_of_ones_own(begun, fields):
     torch.testing.assert_close(torch.stack(found, dim=1).float(), logits[:, begun:], **CLOSE)
 
 
-def test_prompt_in_chunks():
-    model, inputs = tiny_model(), tiny_inputs(ROWS)
-    new, logits, trace = run(model, inputs, strategy="route", track_attention=True)
+@pytest.mark.parametrize(
+    "fields", [{"strategy": "route", "track_attention": True}, {"backend": "append"}]
+)
+@pytest.mark.parametrize("rows", [ROWS, [ROWS[1], [1, (1, 2)]], [ROWS[1], [2]]])
+def test_prompt_in_chunks(rows, fields):
+    """Also where the first chunks of a row are nothing but padding, or hold part of an image."""
+    model, inputs = tiny_model(), tiny_inputs(rows)
+    new, logits, trace = run(model, inputs, [[1, 2, 3, 4, 6], [1, 3, 4, 5, 7]], **fields)
     positions, _ = model.model.get_rope_index(**{k: inputs[k] for k in inputs if "pix" not in k})
     embeddings = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
     features = torch.cat(embeddings.pooler_output)
-    cache, first = DynamicCache(), 0
-    with look_again(model, config(strategy="route", track_attention=True)), torch.no_grad():
+    cache, first = LookAgainCache(2) if "backend" in fields else DynamicCache(), 0
+    with look_again(model, config(**fields)), torch.no_grad():
         session_logits = []
         for first, end in ((0, 6), (6, 11), (11, 18)):
             ids = inputs["input_ids"][:, first:end]

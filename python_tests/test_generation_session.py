@@ -24,6 +24,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from lookagain_ext.attention import ATTENTION_NAME
 from lookagain_ext.generation import LookAgainConfig, look_again
+from lookagain_ext.record import LOGGED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = [[3, (2, 3), 4], [2, (2, 2), 2, (1, 3), 3]]
@@ -95,6 +96,39 @@ def test_an_interrupted_forward_leaves_the_session_usable():
     assert torch.equal(logits, expected)
 
 
+def test_an_interrupted_forward_leaves_nothing_for_the_next_one():
+    model, inputs = tiny_model(), tiny_inputs(ROWS)
+    decoder, embeddings = model.model.language_model, torch.randn(1, 5, 64, dtype=torch.float64)
+    for cache in (None, DynamicCache()):
+        with look_again(model, config()), torch.no_grad():
+            expected = decoder(inputs_embeds=embeddings).last_hidden_state
+            for where in (model.model.visual, decoder.layers[1]):
+                handle = where.register_forward_hook(fail)
+                with pytest.raises(RuntimeError, match="stop here"):
+                    model(**inputs, labels=inputs["input_ids"], past_key_values=cache)
+                handle.remove()
+                found = decoder(inputs_embeds=embeddings).last_hidden_state
+                assert torch.equal(found, expected)
+
+
+def test_a_cache_belongs_to_one_configuration():
+    model, inputs = tiny_model(), tiny_inputs(ROWS)
+    cache, more = DynamicCache(), torch.full((2, 3), 20)
+    with look_again(model, config()), torch.no_grad():
+        new, _ = generate(model, inputs, reflect_at(*STEPS), past_key_values=cache)
+    ids = torch.cat([inputs["input_ids"], new, more], dim=1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 15), value=1)
+    turn = {"input_ids": ids, "attention_mask": mask}
+    wanted = "strategy was 'copy' and is 'off'; start with an empty cache"
+    with look_again(model, config(strategy="off")), pytest.raises(ValueError, match=wanted):
+        generate(model, turn, reflect_at([], []), past_key_values=cache)
+    with look_again(model, config(strategy="off")), pytest.raises(ValueError, match=wanted):
+        model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache)
+    with look_again(model, config()) as session:
+        generate(model, turn, reflect_at([], []), past_key_values=cache)
+        assert [len(row) for row in session.trace.reflections] == [2, 1]
+
+
 def test_sessions_nest():
     model, inputs = tiny_model(), tiny_inputs(ROWS)
     before = state(model)
@@ -115,6 +149,7 @@ def test_sessions_nest():
 
 def test_a_copy_of_the_model_looks_by_itself_and_nothing_is_kept_alive():
     model, inputs = tiny_model(), tiny_inputs(ROWS)
+    before = state(model)
     session = look_again(model, config())
     _, logits = generate(model, inputs, reflect_at(*STEPS))
     twin = copy.deepcopy(model)
@@ -123,6 +158,12 @@ def test_a_copy_of_the_model_looks_by_itself_and_nothing_is_kept_alive():
     assert torch.equal(again, logits)
     _, plain = generate(model, inputs, reflect_at(*STEPS))
     assert (plain - logits).abs().max() > 1e-3
+    with look_again(twin, config(strategy="off")):
+        _, off = generate(twin, inputs, reflect_at(*STEPS))
+    assert state(twin) == before
+    _, own = generate(twin, inputs, reflect_at(*STEPS))
+    assert torch.equal(own, plain)
+    torch.testing.assert_close(off, plain, **CLOSE)
     gone = weakref.ref(twin)
     del twin
     gc.collect()
@@ -136,6 +177,8 @@ def test_config_is_saved_with_the_model_and_read_back(tmp_path):
         _, expected = generate(model, inputs, reflect_at(*STEPS))
         model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["lookagain"] == wanted.to_dict()
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert "suppress_tokens" not in generation
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
     with look_again(loaded) as session:
         assert session.config == wanted
@@ -203,6 +246,15 @@ def test_long_generations_outgrow_the_first_buffers():
         assert trace.attention.shape == (1, 149) and bool((trace.attention > 0).all())
         mean = trace.attention_map[0, :140].mean(0)
         torch.testing.assert_close(trace.reflections[0][0].mass_before, mean, **CLOSE)
+
+
+def test_the_trace_lists_so_many_reflections():
+    """As its docstring says; those after them had their effect."""
+    model, inputs = tiny_model(layers=1), row_alone(tiny_inputs(ROWS), 0)
+    with look_again(model, config(max_reinjections=2, keep="latest")) as session:
+        generate(model, inputs, reflect_at(range(70)), 72)
+        assert len(session.trace.reflections[0]) == LOGGED
+    assert f"the first {LOGGED} at most" in type(session.trace).__doc__
 
 
 @pytest.mark.parametrize(

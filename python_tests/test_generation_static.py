@@ -99,12 +99,12 @@ def test_append_refuses_a_cache_that_it_cannot_write_to():
     with look_again(model, config(backend="append")):
         with pytest.raises(ValueError, match="LookAgainCache, got StaticCache"):
             generate(model, inputs, reflect_at(*STEPS), cache_implementation="static")
-        # Reserved for one re-injection of each row; the next config wants four.
+        # Reserved for one re-injection of 7 tokens in each row; the next config wants eight.
         small = LookAgainCache(2, max_length=32)
     with look_again(model, config(backend="append", max_reinjections=1)):
         generate(model, inputs, reflect_at(*STEPS), past_key_values=small, disable_compile=True)
     small.reset()
     with look_again(model, config(backend="append")):
-        with pytest.raises(ValueError, match="no room|full"):
+        with pytest.raises(ValueError, match="reserve=7, and 56 slots are needed"):
             options = {"past_key_values": small, "disable_compile": True}
             generate(model, inputs, reflect_at([1, 2, 3, 4], [1]), **options)

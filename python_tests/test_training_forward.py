@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_models import (
@@ -13,6 +15,10 @@ from tiny_models import (
     tiny_inputs,
     tiny_model,
     whole_sequence,
+)
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    checkpoint_wrapper,
 )
 
 from lookagain_ext.generation import LookAgainConfig, look_again
@@ -152,6 +158,55 @@ def test_gradient_checkpointing_changes_nothing(way):
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-6, atol=1e-9)
     name = "model.language_model.layers.0.self_attn.k_proj.weight"
     assert (plain[name] - off[name]).abs().max() > 1e-4
+
+
+def wrap_layers(model, reentrant):
+    """PyTorch's own activation checkpointing, as FSDP users have it."""
+    kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    layers = model.model.language_model.layers
+    for number, layer in enumerate(layers):
+        layers[number] = checkpoint_wrapper(layer, kind)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("way", ["copy", "route", "route-layer", "copy-reencode"])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_backward_after_the_session(reentrant, wrapped, way):
+    """What is recomputed is what was computed, though the model is its old self again."""
+    model, inputs = tiny_model(), tiny_inputs(ROWS)
+    with look_again(model, config(**WAYS[way])):
+        new, _ = generate(model, inputs, reflect_at(*STEPS))
+        batch = whole_sequence(inputs, new)
+        expected = gradients(model, batch, checkpoint=False)
+        if wrapped:
+            wrap_layers(model, reentrant)
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        model.train(not wrapped).zero_grad()  # transformers checkpoints in training mode only
+        loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    assert model.config.text_config._attn_implementation == "sdpa"
+    for name, parameter in model.named_parameters():
+        gradient = expected[name.replace("_checkpoint_wrapped_module.", "")]
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_checkpointing_is_as_before_after_the_session():
+    model, inputs = tiny_model(), tiny_inputs(ROWS)
+    batch = {**inputs, "labels": inputs["input_ids"]}
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    layer = model.train().model.language_model.layers[0]
+    before = layer._gradient_checkpointing_func
+    with look_again(model, config()), look_again(model, config(strategy="off")):
+        for _ in range(2):
+            model(**batch, use_cache=False).loss.backward()
+        twin = copy.deepcopy(model)
+    assert layer._gradient_checkpointing_func is before
+    held = twin.model.language_model.layers[0]._gradient_checkpointing_func
+    assert held.args[0] is twin.config.text_config and held.args[2].func is before.func
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

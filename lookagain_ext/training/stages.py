@@ -124,26 +124,8 @@ def looking_again(
         return
     from ..generation import LookAgainConfig, look_again
 
-    rotary = model.model.language_model.rotary_emb
-    handle = rotary.register_forward_hook(_in_autocast_dtype)
-    try:
-        with look_again(model, LookAgainConfig(**look_again_entries(stage)), tokenizer):
-            yield
-    finally:
-        handle.remove()
-
-
-def _in_autocast_dtype(
-    module: nn.Module, args: tuple[object, ...], angles: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
-    """Cosines and sines in the dtype of autocast.
-
-    In float32 they would turn queries and keys, but not values, back into float32, and attention
-    needs all three in one dtype.
-    """
-    if not torch.is_autocast_enabled("cpu"):
-        return angles
-    return tuple(part.to(torch.get_autocast_dtype("cpu")) for part in angles)
+    with look_again(model, LookAgainConfig(**look_again_entries(stage)), tokenizer):
+        yield
 
 
 def look_again_entries(stage: Stage) -> dict[str, str | float]:
