@@ -7,6 +7,9 @@
 #include <cstdlib>
 #include <string>
 
+#ifdef LOOKAGAIN_CUDA_ARCHS
+#include "bindings_cuda.h"
+#endif
 #include "checks.h"
 #include "core/visual.h"
 #include "cpu/kernels.h"
@@ -19,9 +22,6 @@ namespace lookagain {
 namespace {
 
 using std::to_string;
-
-bool is_floating(DType dtype) { return dtype != DType::kInt32 && dtype != DType::kBool; }
-DType precise(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
 AttentionSizes attention_sizes(const TensorView& query, const TensorView& key, double scale,
                                int num_threads, const RowLimits& limits) {
@@ -38,37 +38,6 @@ AttentionSizes attention_sizes(const TensorView& query, const TensorView& key, d
   sizes.key_start = limits.key_start.data();
   sizes.key_length = limits.key_length.data();
   return sizes;
-}
-
-TensorView query_view(py::handle query) {
-  TensorView view = view_of("query", query);
-  if (view.ndim != 4) {
-    throw py::value_error("query must have shape [B, H_q, L_q, D], got " + shape_text(view));
-  }
-  if (!is_floating(view.dtype)) {
-    throw py::type_error(std::string("query must be a floating tensor, got ") +
-                         dtype_name(view.dtype));
-  }
-  if (view.shape[3] % 8 != 0 || view.shape[3] < 8 || view.shape[3] > 256) {
-    throw py::value_error("query must have a head size of 8, 16, ... 256, got " +
-                          to_string(view.shape[3]));
-  }
-  return view;
-}
-
-// [B, H_kv, L_k, D], or a paged cache [blocks, H_kv, block_size, D].
-TensorView key_view(py::handle key, const TensorView& query, bool paged = false) {
-  const int64_t rows = paged ? kAny : query.shape[0];
-  TensorView view = checked_view("key", key, query.dtype, {rows, kAny, kAny, query.shape[3]});
-  if (view.shape[1] == 0 || query.shape[1] % view.shape[1] != 0) {
-    throw py::value_error("query must have a multiple of key's " + to_string(view.shape[1]) +
-                          " heads, got " + to_string(query.shape[1]));
-  }
-  if (view.shape[2] >= INT32_MAX) {
-    throw py::value_error("key must have fewer than 2^31 - 1 rows, got " +
-                          to_string(view.shape[2]));
-  }
-  return view;
 }
 
 // Every slot that a call reads must lie in a block that is in use: a row's keys, and visual tokens
@@ -88,28 +57,6 @@ void check_blocks_read(const BlockTable& table, const RowLimits& limits,
                           table.check_in_use(row, first, first + length, "read");
                         });
   }
-}
-
-void check_scale(double scale) {
-  if (!std::isfinite(scale)) {
-    throw py::value_error("scale must be finite, got " + to_string(scale));
-  }
-}
-
-// lse [B, H_q, L_q], contiguous, or null for None.
-void* lse_data(py::handle lse, const TensorView& query) {
-  if (lse.is_none()) return nullptr;
-  TensorView view = checked_output("lse", lse, precise(query.dtype),
-                                   {query.shape[0], query.shape[1], query.shape[2]});
-  int64_t expected = 1;
-  for (int i = 2; i >= 0; --i) {
-    if (view.shape[i] > 1 && view.stride[i] != expected) {
-      throw py::value_error("lse must be contiguous, got stride " + to_string(view.stride[i]) +
-                            " on axis " + to_string(i));
-    }
-    expected *= view.shape[i];
-  }
-  return view.data;
 }
 
 void routed_attention(py::object query, py::object key, py::object value, py::object out,
@@ -215,14 +162,7 @@ void visual_mass(py::object query, py::object key, py::object lse, py::object ro
   p.num_ranges = ranges.shape[1];
   const TensorView mass = checked_output("mass_out", mass_out, DType::kFloat32,
                                          {batch, p.num_ranges, k.shape[1], kAny});
-  int64_t expected = 1;
-  for (int i = 3; i >= 0; --i) {
-    if (mass.shape[i] > 1 && mass.stride[i] != expected) {
-      throw py::value_error("mass_out must be contiguous, got stride " + to_string(mass.stride[i]) +
-                            " on axis " + to_string(i));
-    }
-    expected *= mass.shape[i];
-  }
+  check_contiguous("mass_out", mass);
   p.mass = mass.as<float>();
   p.num_visual = mass.shape[3];
   if (spans.is_none()) throw py::type_error("spans must be a tensor, got None");
@@ -351,7 +291,11 @@ py::dict build_info() {
   info["version"] = LOOKAGAIN_VERSION;
   info["isa"] = isa_in_use();
   info["isas"] = isas;
-  info["cuda_archs"] = py::list();
+  py::list archs;
+#ifdef LOOKAGAIN_CUDA_ARCHS
+  archs = py::list(py::str(LOOKAGAIN_CUDA_ARCHS).attr("split")(", "));
+#endif
+  info["cuda_archs"] = archs;
   info["threading"] = threading_mode();
   info["compiler"] = LOOKAGAIN_COMPILER;
   return info;
@@ -379,6 +323,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info);
   module.def("set_isa", &choose_isa);
   module.def("use_dlpack_exchange", &use_dlpack_exchange);
+#ifdef LOOKAGAIN_CUDA_ARCHS
+  define_cuda(module);
+#endif
 }
 
 }  // namespace lookagain

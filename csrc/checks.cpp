@@ -1,5 +1,7 @@
 #include "checks.h"
 
+#include <cmath>
+
 namespace py = pybind11;
 
 namespace lookagain {
@@ -7,8 +9,8 @@ namespace lookagain {
 using std::to_string;
 
 TensorView checked_view(const char* name, py::handle tensor, DType dtype,
-                        std::initializer_list<int64_t> shape) {
-  TensorView view = view_of(name, tensor);
+                        std::initializer_list<int64_t> shape, int device) {
+  TensorView view = view_of(name, tensor, device);
   if (view.dtype != dtype) {
     throw py::type_error(std::string(name) + " must be " + dtype_name(dtype) + ", got " +
                          dtype_name(view.dtype));
@@ -29,8 +31,8 @@ TensorView checked_view(const char* name, py::handle tensor, DType dtype,
 }
 
 TensorView checked_output(const char* name, py::handle tensor, DType dtype,
-                          std::initializer_list<int64_t> shape) {
-  TensorView view = checked_view(name, tensor, dtype, shape);
+                          std::initializer_list<int64_t> shape, int device) {
+  TensorView view = checked_view(name, tensor, dtype, shape, device);
   for (int i = 0; i < view.ndim; ++i) {
     if (view.stride[i] == 0 && view.shape[i] > 1) {
       throw py::value_error(std::string(name) + " is written to and must not be expanded, got " +
@@ -48,9 +50,71 @@ void check_last_axis(const char* name, const TensorView& view) {
   }
 }
 
+void check_contiguous(const char* name, const TensorView& view) {
+  for (int i = 0; i < view.ndim; ++i) {
+    if (view.shape[i] == 0) return;  // without elements any stride will do
+  }
+  int64_t expected = 1;
+  for (int i = view.ndim - 1; i >= 0; --i) {
+    if (view.shape[i] > 1 && view.stride[i] != expected) {
+      throw py::value_error(std::string(name) + " must be contiguous, got stride " +
+                            to_string(view.stride[i]) + " on axis " + to_string(i));
+    }
+    expected *= view.shape[i];
+  }
+}
+
 HeadsView heads_view(const char* name, const TensorView& view) {
   check_last_axis(name, view);
   return {view.data, view.stride[0], view.stride[1], view.stride[2]};
+}
+
+bool is_floating(DType dtype) { return dtype != DType::kInt32 && dtype != DType::kBool; }
+
+TensorView query_view(py::handle query, int device) {
+  TensorView view = view_of("query", query, device);
+  if (view.ndim != 4) {
+    throw py::value_error("query must have shape [B, H_q, L_q, D], got " + shape_text(view));
+  }
+  if (!is_floating(view.dtype)) {
+    throw py::type_error(std::string("query must be a floating tensor, got ") +
+                         dtype_name(view.dtype));
+  }
+  if (view.shape[3] % 8 != 0 || view.shape[3] < 8 || view.shape[3] > 256) {
+    throw py::value_error("query must have a head size of 8, 16, ... 256, got " +
+                          to_string(view.shape[3]));
+  }
+  return view;
+}
+
+TensorView key_view(py::handle key, const TensorView& query, bool paged, int device) {
+  const int64_t rows = paged ? kAny : query.shape[0];
+  TensorView view =
+      checked_view("key", key, query.dtype, {rows, kAny, kAny, query.shape[3]}, device);
+  if (view.shape[1] == 0 || query.shape[1] % view.shape[1] != 0) {
+    throw py::value_error("query must have a multiple of key's " + to_string(view.shape[1]) +
+                          " heads, got " + to_string(query.shape[1]));
+  }
+  if (view.shape[2] >= INT32_MAX) {
+    throw py::value_error("key must have fewer than 2^31 - 1 rows, got " +
+                          to_string(view.shape[2]));
+  }
+  return view;
+}
+
+void check_scale(double scale) {
+  if (!std::isfinite(scale)) {
+    throw py::value_error("scale must be finite, got " + to_string(scale));
+  }
+}
+
+void* lse_data(py::handle lse, const TensorView& query, int device) {
+  if (lse.is_none()) return nullptr;
+  const DType precise = query.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const TensorView view =
+      checked_output("lse", lse, precise, {query.shape[0], query.shape[1], query.shape[2]}, device);
+  check_contiguous("lse", view);
+  return view.data;
 }
 
 std::vector<int32_t> int_values(const TensorView& view) {

@@ -13,17 +13,29 @@ namespace lookagain {
 // A size that is not checked.
 constexpr int64_t kAny = -1;
 
-// A tensor of the dtype and shape.
+// A tensor of the dtype and shape, on the CPU or the GPU of an index.
 TensorView checked_view(const char* name, pybind11::handle tensor, DType dtype,
-                        std::initializer_list<int64_t> shape);
+                        std::initializer_list<int64_t> shape, int device = kCpu);
 
 // The same, for an output: also refuses overlapping memory (a stride of 0 on an axis longer than
 // 1).
 TensorView checked_output(const char* name, pybind11::handle tensor, DType dtype,
-                          std::initializer_list<int64_t> shape);
+                          std::initializer_list<int64_t> shape, int device = kCpu);
 
 void check_last_axis(const char* name, const TensorView& view);
+void check_contiguous(const char* name, const TensorView& view);
 HeadsView heads_view(const char* name, const TensorView& view);
+
+bool is_floating(DType dtype);
+void check_scale(double scale);
+
+// query [B, H_q, L_q, D], and key [B, H_kv, L_k, D] or a paged [blocks, H_kv, block_size, D].
+TensorView query_view(pybind11::handle query, int device = kCpu);
+TensorView key_view(pybind11::handle key, const TensorView& query, bool paged = false,
+                    int device = kCpu);
+
+// lse [B, H_q, L_q], contiguous, or null for None.
+void* lse_data(pybind11::handle lse, const TensorView& query, int device = kCpu);
 
 // The values of a small int32 tensor of any strides, in order.
 std::vector<int32_t> int_values(const TensorView& view);

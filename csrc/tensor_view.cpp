@@ -37,7 +37,7 @@ struct DlExchangeApi {
   void* current_stream;
 };
 constexpr uint32_t kDlpackMajor = 1;
-constexpr int32_t kDlpackCpu = 1;
+constexpr int32_t kDlpackCpu = 1, kDlpackCuda = 2;
 
 struct DTypeRow {
   DType dtype;
@@ -81,9 +81,13 @@ const DlExchangeApi* exchange_api(PyTypeObject* type) {
                        " must be float32, float16, bfloat16, float64, int32 or bool, got " + got);
 }
 
-[[noreturn]] void bad_device(const char* name, const std::string& got) {
-  throw py::value_error(std::string(name) + " must be on the CPU, got a tensor on " + got +
-                        "; this build has no kernels for that device");
+[[noreturn]] void bad_device(const char* name, const std::string& got, int wanted) {
+  if (wanted == kCpu) {
+    throw py::value_error(std::string(name) + " must be on the CPU, got a tensor on " + got +
+                          "; this build has no kernels for that device");
+  }
+  throw py::value_error(std::string(name) + " must be on cuda:" + std::to_string(wanted) +
+                        " like the others, got a tensor on " + got);
 }
 
 void check_ndim(const char* name, int64_t ndim) {
@@ -93,7 +97,7 @@ void check_ndim(const char* name, int64_t ndim) {
   }
 }
 
-bool view_by_exchange(const char* name, py::handle tensor, TensorView* view) {
+bool view_by_exchange(const char* name, py::handle tensor, int device, TensorView* view) {
   const DlExchangeApi* api = exchange_api(Py_TYPE(tensor.ptr()));
   DlTensor dl;
   if (api == nullptr) return false;
@@ -101,9 +105,9 @@ bool view_by_exchange(const char* name, py::handle tensor, TensorView* view) {
     PyErr_Clear();  // what cannot be described as DLPack may still have a data_ptr()
     return false;
   }
-  if (dl.device.type != kDlpackCpu) {
-    bad_device(name, std::string(py::str(tensor.attr("device"))));
-  }
+  const bool here = device == kCpu ? dl.device.type == kDlpackCpu
+                                   : dl.device.type == kDlpackCuda && dl.device.index == device;
+  if (!here) bad_device(name, std::string(py::str(tensor.attr("device"))), device);
   const DTypeRow* row = nullptr;
   for (const DTypeRow& known : kDTypes) {
     if (known.code == dl.dtype.code && known.bits == dl.dtype.bits && dl.dtype.lanes == 1) {
@@ -123,13 +127,14 @@ bool view_by_exchange(const char* name, py::handle tensor, TensorView* view) {
   return true;
 }
 
-void view_by_attributes(const char* name, py::handle tensor, TensorView* view) {
+void view_by_attributes(const char* name, py::handle tensor, int device, TensorView* view) {
   if (!py::hasattr(tensor, "data_ptr") || !py::hasattr(tensor, "stride")) {
     throw py::type_error(std::string(name) + " must be a tensor, got " +
                          Py_TYPE(tensor.ptr())->tp_name);
   }
-  const std::string device = py::str(tensor.attr("device"));
-  if (device.rfind("cpu", 0) != 0) bad_device(name, device);
+  if (device_of(name, tensor) != device) {
+    bad_device(name, std::string(py::str(tensor.attr("device"))), device);
+  }
   const std::string dtype = py::str(tensor.attr("dtype"));
   const DTypeRow* row = nullptr;
   for (const DTypeRow& known : kDTypes) {
@@ -164,11 +169,24 @@ std::string shape_text(const TensorView& view) {
   return text + "]";
 }
 
-TensorView view_of(const char* name, py::handle tensor) {
+TensorView view_of(const char* name, py::handle tensor, int device) {
   TensorView view;
-  if (g_use_exchange && view_by_exchange(name, tensor, &view)) return view;
-  view_by_attributes(name, tensor, &view);
+  if (g_use_exchange && view_by_exchange(name, tensor, device, &view)) return view;
+  view_by_attributes(name, tensor, device, &view);
   return view;
+}
+
+int device_of(const char* name, py::handle tensor) {
+  if (!py::hasattr(tensor, "device")) {
+    throw py::type_error(std::string(name) + " must be a tensor, got " +
+                         Py_TYPE(tensor.ptr())->tp_name);
+  }
+  const py::object device = tensor.attr("device");
+  const std::string type = py::str(device.attr("type"));
+  if (type == "cpu") return kCpu;
+  if (type == "cuda") return device.attr("index").cast<int>();
+  throw py::value_error(std::string(name) + " must be on the CPU or a CUDA device, got " +
+                        std::string(py::str(device)));
 }
 
 void use_dlpack_exchange(bool use) { g_use_exchange = use; }

@@ -15,6 +15,7 @@
 namespace lookagain {
 
 constexpr int kMaxDims = 8;
+constexpr int kCpu = -1;  // the device of a CPU tensor; others have the index of their GPU
 
 struct TensorView {
   void* data = nullptr;
@@ -32,8 +33,11 @@ struct TensorView {
 const char* dtype_name(DType dtype);
 std::string shape_text(const TensorView& view);
 
-// The view of a CPU tensor; TypeError or ValueError that names the argument otherwise.
-TensorView view_of(const char* name, pybind11::handle tensor);
+// The view of a tensor on `device`; TypeError or ValueError that names the argument otherwise.
+TensorView view_of(const char* name, pybind11::handle tensor, int device = kCpu);
+
+// kCpu, or the index of the GPU that a tensor is on; ValueError for other devices.
+int device_of(const char* name, pybind11::handle tensor);
 
 // Whether views are taken through the exchange table when there is one; for tests.
 void use_dlpack_exchange(bool use);

@@ -54,7 +54,9 @@ def use_kernels(device_type: str) -> bool:
 
     LOOKAGAIN_BACKEND is read once for each kind of device.
     """
-    return device_type == "cpu" and os.environ.get("LOOKAGAIN_BACKEND") != "reference"
+    if os.environ.get("LOOKAGAIN_BACKEND") == "reference":
+        return False
+    return device_type == "cpu" or (device_type == "cuda" and bool(build_info()["cuda_archs"]))
 
 
 def build_info() -> dict[str, object]:

@@ -2,15 +2,22 @@
 
 from collections.abc import Iterator
 
+import emulated
 import pytest
 import torch
 
 from lookagain_ext._native import native
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that the ops have kernels for; CUDA cases skip without one."""
+@pytest.fixture(params=["cpu", "emulated", "cuda"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Every device that the ops have kernels for; CUDA cases skip without one.
+
+    "emulated": the CUDA kernels on the host, with CPU tensors.
+    """
+    if request.param == "emulated":
+        emulated.install(monkeypatch)
+        return torch.device("cpu")
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(request.param)

@@ -1,4 +1,5 @@
-// Storage types and their conversion to and from float, round to nearest even.
+// Storage types and their conversion to and from float, round to nearest even. A GPU has
+// instructions for it.
 #pragma once
 
 #include <cstring>
@@ -31,12 +32,18 @@ LA_HD float to_float(float x) { return x; }
 LA_HD float to_float(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 
 LA_HD float to_float(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t rest = x.bits & 0x7fff;
   if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000 | ((rest & 0x3ff) << 13));
   if (rest >= 0x0400) return bits_to_float(sign | ((rest << 13) + 0x38000000));
   // Subnormal: the mantissa counts units of 2^-24, which float holds exactly.
   return bits_to_float(sign | float_to_bits(static_cast<float>(rest) * 5.9604644775390625e-8f));
+#endif
 }
 
 template <typename T>
@@ -56,13 +63,24 @@ LA_HD double from_float<double>(double x) {
 
 template <>
 LA_HD BFloat16 from_float<BFloat16>(float x) {
+#if defined(__CUDA_ARCH__)
+  BFloat16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#else
   const uint32_t bits = float_to_bits(x);
   if ((bits & 0x7fffffff) > 0x7f800000) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+#endif
 }
 
 template <>
 LA_HD Float16 from_float<Float16>(float x) {
+#if defined(__CUDA_ARCH__)
+  Float16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#else
   const uint32_t bits = float_to_bits(x);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
   const uint32_t rest = bits & 0x7fffffff;
@@ -74,6 +92,7 @@ LA_HD Float16 from_float<Float16>(float x) {
     return {static_cast<uint16_t>(sign | shifted)};
   }
   return {static_cast<uint16_t>(sign | ((rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13))};
+#endif
 }
 
 // The type sums are kept in.

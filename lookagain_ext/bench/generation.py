@@ -27,11 +27,11 @@ def generation(quick: bool) -> Iterator[Row]:
 
     Times are those of the decoding steps: from the first new token to the last.
     """
-    model, inputs = _model(), _inputs()
+    model, inputs = decoder(), prompt()
     steps = 24 if quick else 48
 
     def generate(**options: object) -> float:
-        forced = _Force({steps // 4, steps // 2, 3 * steps // 4})
+        forced = Force({steps // 4, steps // 2, 3 * steps // 4})
         model.generate(
             **inputs,
             do_sample=False,
@@ -93,12 +93,13 @@ def generation(quick: bool) -> Iterator[Row]:
         )
 
 
-def _model() -> nn.Module:
+def decoder(layers: int = 1, device: str = "cpu") -> nn.Module:
+    """Qwen2.5-VL with the decoder layers of the 7B, random weights, bfloat16, a tiny tower."""
     text = {
         "vocab_size": 1024,
         "hidden_size": 3584,
         "intermediate_size": 18944,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": layers,
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
         "max_position_embeddings": 32768,
@@ -133,39 +134,44 @@ def _model() -> nn.Module:
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = Qwen2_5_VLForConditionalGeneration(config).eval()
+        with torch.device(device):
+            model = Qwen2_5_VLForConditionalGeneration(config).eval()
     finally:
         torch.set_default_dtype(previous)
     model.set_attn_implementation({"text_config": "sdpa"})
     return model
 
 
-def _inputs() -> dict[str, Tensor]:
+def prompt(rows: int = 1, device: str = "cpu") -> dict[str, Tensor]:
+    """The same picture and words for each row of a batch."""
     draw = torch.Generator().manual_seed(0)
     words = torch.randint(WORDS, 1024, (1, 128), generator=draw)
     image = torch.full((1, GRID * GRID), IMAGE)
     before, after = words[:, :8], words[:, 8:]
     ids = torch.cat([before, torch.tensor([[START]]), image, torch.tensor([[END]]), after], dim=1)
     patches = (2 * GRID) ** 2
-    return {
+    row = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "mm_token_type_ids": (ids == IMAGE).long(),
         "pixel_values": torch.randn(patches, 3 * 2 * 14 * 14, generator=draw).bfloat16(),
         "image_grid_thw": torch.tensor([[1, 2 * GRID, 2 * GRID]]),
     }
+    return {name: x.repeat(rows, 1).to(device) for name, x in row.items()}
 
 
-class _Force(LogitsProcessor):
+class Force(LogitsProcessor):
     """Writes <REFLECTION> at the given generated steps, plain words at others, notes the time."""
 
     def __init__(self, steps: set[int]) -> None:
         self.steps = steps
         self.times: list[float] = []
-        self.prompt = _inputs()["input_ids"].shape[1]
+        self.prompt = GRID * GRID + 130
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The scores with all but the wanted tokens forbidden."""
+        if scores.is_cuda:
+            torch.cuda.synchronize()
         self.times.append(time.perf_counter())
         step = input_ids.shape[1] - self.prompt
         allowed = torch.zeros_like(scores, dtype=torch.bool)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._native import native
+from . import _cuda
 
 
 def forward(
@@ -32,6 +33,22 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Out and, unless `want_lse` is False, the log-sum-exp; adds to `visual_mass`."""
     out, lse = outputs(query, want_lse)
+    if _cuda.on_gpu(query):
+        _cuda.routed_attention(
+            query,
+            key,
+            value,
+            out,
+            lse,
+            visual_mass,
+            mass_from,
+            key_start,
+            key_length,
+            (spans, inv_freq, shift, start, selected),
+            block_table,
+            scale,
+        )
+        return out, lse
     native().routed_attention(
         query,
         key,
@@ -72,6 +89,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, the first three of `tensors`."""
     query, key, value, *rest = tensors
+    if _cuda.on_gpu(query):
+        return _cuda.routed_attention_backward(grad_out, tensors, scale)
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from .._native import native, use_kernels
+from . import _cuda
 from ._checks import (
     check_block_table,
     check_inv_freq,
@@ -27,6 +28,7 @@ def append_visual_(
     selected: Tensor | None = None,
     rows: Tensor | None = None,
     block_table: Tensor | None = None,
+    check_room: bool = True,
 ) -> None:
     """Append each row's visual tokens to its cache once more, at shifted rotary positions.
 
@@ -51,6 +53,9 @@ def append_visual_(
             `block_table[b, j // block_size]`, and capacity = blocks · block_size. -1 is an unused
             entry. Rows may share blocks that are read. That no other row lists a slot that is
             written is not checked: a block must be the row's own before it is written to.
+        check_room: on a GPU, whether to wait for the device and raise if nothing could be written.
+            Without it, and while a CUDA graph is captured, a call that cannot write writes nothing
+            and says nothing. On a CPU it always raises.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
@@ -79,7 +84,9 @@ def append_visual_(
     check_rows("rows", rows, key_length, torch.bool)
     if selected is not None:
         check_tensor("selected", selected, (batch, None), torch.bool, key_cache)
-    if not use_kernels(key_cache.device.type):
+    if not use_kernels(key_cache.device.type) or (
+        _cuda.on_gpu(key_cache) and key_cache.dtype == torch.float64
+    ):
         reference.append_visual_(
             key_cache,
             value_cache,
@@ -94,7 +101,18 @@ def append_visual_(
         return
     check_kernel_layout(key_cache=key_cache, value_cache=value_cache)
     call = torch.ops.lookagain.append_visual_ if torch.compiler.is_compiling() else _forward
-    call(key_cache, value_cache, key_length, spans, shift, inv_freq, selected, rows, block_table)
+    call(
+        key_cache,
+        value_cache,
+        key_length,
+        spans,
+        shift,
+        inv_freq,
+        selected,
+        rows,
+        block_table,
+        check_room,
+    )
 
 
 def _forward(
@@ -107,7 +125,22 @@ def _forward(
     selected: Tensor | None,
     rows: Tensor | None,
     block_table: Tensor | None = None,
+    check_room: bool = True,
 ) -> None:
+    if _cuda.on_gpu(key_cache):
+        _cuda.append_visual_(
+            key_cache,
+            value_cache,
+            key_length,
+            spans,
+            shift,
+            inv_freq,
+            selected,
+            rows,
+            block_table,
+            check_room,
+        )
+        return
     native().append_visual_(
         key_cache,
         value_cache,

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from .._native import use_kernels
 from ..visual import VisualContext
+from . import _cuda
 from ._attention_library import backward, forward
 from ._checks import (
     check_attention,
@@ -87,7 +88,7 @@ def routed_attention(
     arguments = (query, key, value, key_start, key_length, visual, visual_mass, mass_from)
     arguments = (*arguments, block_table, scale)
     compiling = torch.compiler.is_compiling()
-    if compiling or not isinstance(query, Tensor) or not use_kernels(query.device.type):
+    if compiling or not isinstance(query, Tensor) or not _has_kernels(query):
         _check(*arguments)
         if not compiling:
             return reference.routed_attention(
@@ -114,6 +115,12 @@ def routed_attention(
             _check(*arguments)
             raise
     return (out, lse.float()) if return_lse else out
+
+
+def _has_kernels(query: Tensor) -> bool:
+    if query.dtype == torch.float64 and _cuda.on_gpu(query):
+        return False
+    return use_kernels(query.device.type)
 
 
 def _check(
@@ -151,7 +158,7 @@ def _check(
         check_tensor("visual_mass", visual_mass, shape, torch.float32, query)
     elif mass_from is not None:
         raise ValueError("mass_from needs visual_mass, the buffer the mass is added to")
-    if use_kernels(query.device.type):
+    if _has_kernels(query):
         check_kernel_layout(query=query, key=key, value=value)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._native import native, use_kernels
+from . import _cuda
 from ._checks import check_tensor
 
 
@@ -54,6 +55,9 @@ def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor) -> Tens
 
 def _forward(mass: Tensor, ratio: float, num_visual: Tensor) -> Tensor:
     chosen = torch.empty_like(mass, dtype=torch.bool)
+    if _cuda.on_gpu(mass):
+        _cuda.select_visual_tokens(mass, ratio, num_visual, chosen)
+        return chosen
     native().select_visual_tokens(mass, ratio, num_visual.contiguous(), chosen)
     return chosen
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import reference
 from .._native import native, use_kernels
 from ..visual import VisualContext
+from . import _cuda
 from ._checks import (
     check_attention,
     check_kernel_layout,
@@ -64,7 +65,7 @@ def visual_mass(
         check_tensor("lse", lse, tuple(query.shape[:3]), None, query)
         if lse.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"lse must be torch.float32, got {lse.dtype}")
-    if not use_kernels(query.device.type):
+    if _cuda.on_gpu(query) or not use_kernels(query.device.type):
         return reference.visual_mass(
             query,
             key,

@@ -1,0 +1,166 @@
+"""generate() with a 7B-shaped decoder: COPY, ROUTE and off at equal length, and where time goes.
+
+`python -m benchmarks.gpu_generate --out FILE`; the weights are random and made on the device, three
+reflections are forced at the same steps in every row. `--device cpu --layers 1` shows that it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import LogitsProcessorList
+
+from lookagain_ext import LookAgainConfig, look_again
+from lookagain_ext.bench.generation import REFLECTION, Force, decoder, prompt
+
+from .gpu_timing import describe
+
+KINDS = ("unpatched", "off", "copy", "route")
+
+
+class Run:
+    """One way of generating, measured as often as asked for."""
+
+    def __init__(self, model: nn.Module, kind: str, batch: int, steps: int, static: bool) -> None:
+        self.model, self.kind, self.batch, self.steps, self.static = (
+            model,
+            kind,
+            batch,
+            steps,
+            static,
+        )
+        self.device = next(model.parameters()).device
+        self.inputs = prompt(batch, str(self.device))
+
+    def seconds(self) -> float:
+        """From the first new token to the last."""
+        forced = Force({self.steps // 4, self.steps // 2, 3 * self.steps // 4})
+        options = {"cache_implementation": "static"} if self.static else {}
+        if self.kind == "eager":
+            options |= {"output_attentions": True, "return_dict_in_generate": True}
+        self.model.generate(
+            **self.inputs,
+            do_sample=False,
+            min_new_tokens=self.steps,
+            max_new_tokens=self.steps,
+            logits_processor=LogitsProcessorList([forced]),
+            **options,
+        )
+        return forced.times[-1] - forced.times[0]
+
+    def measure(self, rounds: int) -> dict[str, object]:
+        """Tokens a second, memory, and the share of the device's time that attention takes."""
+        on_gpu = self.device.type == "cuda"
+        if self.kind == "eager":
+            self.model.set_attn_implementation({"text_config": "eager"})
+        session = None
+        if self.kind in ("off", "copy", "route"):
+            config = LookAgainConfig(strategy=self.kind, reflection_token_id=REFLECTION)
+            session = look_again(self.model, config)
+        try:
+            self.seconds()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            times = [self.seconds() for _ in range(rounds)]
+            memory = torch.cuda.max_memory_allocated() if on_gpu else None
+            shares = self._shares() if on_gpu else {}
+        finally:
+            if session is not None:
+                session.detach()
+            self.model.set_attn_implementation({"text_config": "sdpa"})
+        took = statistics.median(times)
+        return {
+            "kind": self.kind,
+            "batch": self.batch,
+            "static": self.static,
+            "steps": self.steps,
+            "seconds": took,
+            "seconds_all": times,
+            "tokens_per_second": self.batch * (self.steps - 1) / took,
+            "peak_bytes": memory,
+            **shares,
+        }
+
+    def _shares(self) -> dict[str, float]:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            took = self.seconds()
+        attention = other = 0.0
+        words = ("routed_attention", "attention", "flash", "fmha", "softmax")
+        for event in trace.key_averages():
+            here = event.self_device_time_total / 1e6
+            if any(word in event.key.lower() for word in words):
+                attention += here
+            else:
+                other += here
+        return {"attention_seconds": attention, "other_seconds": other, "profiled_seconds": took}
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    device: str = "cuda",
+    layers: int = 28,
+    steps: int = 128,
+    rounds: int = 3,
+    batches: Annotated[list[int] | None, typer.Option("--batch")] = None,
+) -> None:
+    """Measure and print the table."""
+    console = Console(width=150)
+    model = decoder(layers, device)
+    # Eager attention weights of all layers and steps do not fit at large batches: batch 1 only.
+    plans = [(kind, batch, False) for batch in batches or (1, 8, 32) for kind in KINDS]
+    plans.append(("eager", 1, False))
+    if device != "cpu":
+        plans += [(kind, batch, True) for batch in batches or (1, 8) for kind in ("off", "copy")]
+    results = []
+    for kind, batch, static in plans:
+        try:
+            found = Run(model, kind, batch, steps, static).measure(rounds)
+        except Exception as error:  # a row that fails must not take the others with it
+            console.print(traceback.format_exc(), highlight=False, markup=False)
+            found = {"kind": kind, "batch": batch, "static": static, "error": str(error)[:500]}
+        results.append(found)
+        console.print(found, highlight=False)
+    table = Table(title=f"{layers} layers of the 7B's shape, {steps} new tokens")
+    for column in ("kind", "batch", "cache", "tokens/s", "over off", "peak GB", "attention"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    base = {
+        (x["batch"], x["static"]): x["seconds"]
+        for x in results
+        if x["kind"] == "off" and "seconds" in x
+    }
+    for found in results:
+        cells = [found["kind"], str(found["batch"]), "static" if found["static"] else "dynamic"]
+        if "error" in found:
+            cells += ["failed", "", "", ""]
+        else:
+            off = base.get((found["batch"], found["static"]))
+            cells += [
+                f"{found['tokens_per_second']:.1f}",
+                f"{found['seconds'] / off:.3f}x" if off else "",
+                f"{found['peak_bytes'] / 1e9:.1f}" if found["peak_bytes"] else "",
+                f"{found['attention_seconds'] / found['profiled_seconds']:.1%}"
+                if "attention_seconds" in found
+                else "",
+            ]
+        table.add_row(*cells)
+    console.print(table)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        kept = {"machine": describe(torch.device(device)), "layers": layers, "rows": results}
+        out.write_text(json.dumps(kept, indent=1) + "\n")
+        console.print(f"Results: {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show: `bash benchmarks/gpu_suite.sh [OUT] [PART ...]`.
+#
+# Builds from this checkout against the torch found here, without downloading anything, then:
+#   1  all tests on `cuda`
+#   2  compute-sanitizer: memcheck and racecheck of every kernel on small shapes
+#   3  the kernels beside their baselines and peers: OUT/gpu_kernels.json
+#   4  generate() with a 7B-shaped model: OUT/gpu_generate.json
+# Parts can be run one by one; each ends within 9 minutes on an H100 or newer. Failures of one part do
+# not stop the next; the exit status tells. Results belong into benchmarks/results/.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+out=$(realpath -m "${1:-benchmarks/results}")
+shift || true
+parts=("$@")
+(( ${#parts[@]} )) || parts=(1 2 3 4)
+mkdir -p "$out"
+failed=0
+
+say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
+part() { [[ " ${parts[*]} " == *" $1 "* ]]; }
+try() { "$@" 2>&1 || { echo "FAILED: $*"; failed=1; }; }
+
+say "build"
+# A package manager's own isolation would download what is already here.
+python3 -m pip install --quiet --no-deps --no-build-isolation --no-index \
+  -C cmake.define.LOOKAGAIN_CUDA=ON -e . || exit 1
+python3 -c "
+import lookagain_ext, torch
+print(lookagain_ext.build_info(), torch.__version__, torch.cuda.get_device_name())" || exit 1
+
+if part 1; then
+  say "tests on cuda"
+  try timeout 480 python3 -m pytest -q -x --maxfail=20 -k "cuda and not emulated" python_tests \
+    -p no:cacheprovider | tee "$out/gpu_tests.log" | tail -n 40
+fi
+
+if part 2; then
+  for tool in memcheck racecheck; do
+    say "compute-sanitizer $tool"
+    try timeout 200 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      python3 -m benchmarks.gpu_every_kernel | tee "$out/gpu_$tool.log" | tail -n 15
+  done
+fi
+
+if part 3; then
+  say "kernels"
+  try timeout 500 python3 -m benchmarks.gpu_kernels --out "$out/gpu_kernels.json"
+fi
+
+if part 4; then
+  say "generate"
+  try timeout 500 python3 -m benchmarks.gpu_generate --out "$out/gpu_generate.json"
+fi
+
+say "done, results in $out"
+exit "$failed"

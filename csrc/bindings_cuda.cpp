@@ -1,0 +1,244 @@
+// Tensors on a GPU to kernel parameters.
+//
+// As in bindings.cpp: arguments are positional and allocated by the caller. Shapes, dtypes, layouts
+// and devices are checked here; values of index tensors are not, since reading them would wait for
+// the device. `stream` is the caller's current stream as an integer, `allocate` a function that
+// takes a number of bytes and returns a tensor of that many on the query's device.
+#include "bindings_cuda.h"
+
+#include <cmath>
+
+#include "checks.h"
+#include "cuda/kernels.h"
+
+namespace py = pybind11;
+
+namespace lookagain {
+namespace {
+
+using std::to_string;
+
+constexpr int64_t kMostReinjections = 32;  // one bit each in the kernels
+
+// A contiguous index tensor on the device, or null for None.
+template <typename T>
+const T* device_values(const char* name, py::handle tensor, DType dtype,
+                       std::initializer_list<int64_t> shape, int device) {
+  if (tensor.is_none()) return nullptr;
+  const TensorView view = checked_view(name, tensor, dtype, shape, device);
+  check_contiguous(name, view);
+  return view.as<const T>();
+}
+
+VisualParams visual_params(py::handle spans, py::handle inv_freq, py::handle shift,
+                           py::handle start, py::handle selected, int64_t batch, int64_t head_dim,
+                           int device) {
+  VisualParams p;
+  if (spans.is_none()) return p;
+  const TensorView runs = checked_view("spans", spans, DType::kInt32, {batch, kAny, 2}, device);
+  check_contiguous("spans", runs);
+  p.spans = runs.as<int32_t>();
+  p.num_spans = runs.shape[1];
+  const TensorView frequencies =
+      checked_view("inv_freq", inv_freq, DType::kFloat32, {kAny}, device);
+  check_contiguous("inv_freq", frequencies);
+  p.inv_freq = frequencies.as<float>();
+  p.half = frequencies.shape[0];
+  if (2 * p.half > head_dim) {
+    throw py::value_error("inv_freq must have at most " + to_string(head_dim / 2) +
+                          " frequencies for head size " + to_string(head_dim) + ", got " +
+                          to_string(p.half));
+  }
+  const TensorView shifts = checked_view("shift", shift, DType::kInt32, {batch, kAny}, device);
+  check_contiguous("shift", shifts);
+  p.shift = shifts.as<int32_t>();
+  p.num_reinjections = shifts.shape[1];
+  if (p.num_reinjections > kMostReinjections) {
+    throw py::value_error("shift must have at most 32 columns on a GPU, got " +
+                          to_string(p.num_reinjections));
+  }
+  p.start =
+      device_values<int32_t>("start", start, DType::kInt32, {batch, p.num_reinjections}, device);
+  if (!selected.is_none()) {
+    const TensorView view =
+        checked_view("selected", selected, DType::kBool, {batch, p.num_reinjections, kAny}, device);
+    check_last_axis("selected", view);
+    p.selected = view.as<uint8_t>();
+    p.selected_batch_stride = view.stride[0];
+    p.selected_stride = view.stride[1];
+  }
+  return p;
+}
+
+// The block table of a paged cache; leaves `p` as it is for None. Returns the slots of a row.
+int64_t paged_capacity(py::handle block_table, const TensorView& cache, int64_t batch, int device,
+                       PagedCache* p, int64_t* rows) {
+  *rows = cache.shape[0];
+  if (block_table.is_none()) return cache.shape[2];
+  const TensorView view =
+      checked_view("block_table", block_table, DType::kInt32, {batch, kAny}, device);
+  check_last_axis("block_table", view);
+  const int64_t blocks = view.shape[1], block_size = cache.shape[2];
+  if (block_size == 0 || blocks >= INT32_MAX / block_size) {
+    throw py::value_error("block_table must name 0 … 2^31 - 2 slots in each row, got " +
+                          to_string(blocks) + " blocks of " + to_string(block_size) + " slots");
+  }
+  *rows = view.shape[0];
+  *p = {view.as<int32_t>(), view.stride[0], block_size};
+  return blocks * block_size;
+}
+
+// Keeps what Python allocated until the launch has been made; after that the allocator's own
+// ordering by stream protects it.
+struct Workspace {
+  py::object allocate, tensor;
+  void* operator()(int64_t bytes) {
+    tensor = allocate(bytes);
+    return reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  }
+};
+
+cuda::Stream stream_of(uintptr_t stream) { return reinterpret_cast<cuda::Stream>(stream); }
+
+void cuda_routed_attention(py::object query, py::object key, py::object value, py::object out,
+                           py::object lse, py::object mass, py::object mass_from,
+                           py::object key_start, py::object key_length, py::object spans,
+                           py::object inv_freq, py::object shift, py::object start,
+                           py::object selected, py::object block_table, double scale,
+                           uintptr_t stream, py::object allocate) {
+  const int device = device_of("query", query);
+  const TensorView q = query_view(query, device);
+  const TensorView k = key_view(key, q, !block_table.is_none(), device);
+  if (q.dtype == DType::kFloat64) {
+    throw py::type_error("query must be float32, float16 or bfloat16 on a GPU, got float64");
+  }
+  const int64_t batch = q.shape[0], dim = q.shape[3];
+  check_scale(scale);
+  RoutedAttentionParams p;
+  int64_t rows = 0;
+  p.keys = paged_capacity(block_table, k, batch, device, &p, &rows);
+  if (!block_table.is_none() && key_length.is_none()) {
+    throw py::value_error("block_table needs key_length, got None");
+  }
+  p.dtype = q.dtype;
+  p.batch = batch;
+  p.query_heads = q.shape[1];
+  p.key_heads = k.shape[1];
+  p.queries = q.shape[2];
+  p.head_dim = dim;
+  p.scale = scale;
+  p.key_start = device_values<int32_t>("key_start", key_start, DType::kInt32, {batch}, device);
+  p.key_length = device_values<int32_t>("key_length", key_length, DType::kInt32, {batch}, device);
+  p.mass_from = device_values<int32_t>("mass_from", mass_from, DType::kInt32, {batch}, device);
+  p.query = heads_view("query", q);
+  p.key = heads_view("key", k);
+  p.value = heads_view("value", checked_view("value", value, q.dtype,
+                                             {k.shape[0], k.shape[1], k.shape[2], dim}, device));
+  p.out = heads_view(
+      "out", checked_output("out", out, q.dtype, {batch, q.shape[1], q.shape[2], dim}, device));
+  p.lse = lse_data(lse, q, device);
+  p.visual = visual_params(spans, inv_freq, shift, start, selected, batch, dim, device);
+  int64_t num_visual = 0;
+  if (!mass.is_none()) {
+    if (spans.is_none()) throw py::value_error("mass needs spans, got None");
+    const TensorView view =
+        checked_output("mass", mass, DType::kFloat32, {batch, k.shape[1], kAny}, device);
+    check_last_axis("mass", view);
+    num_visual = view.shape[2];
+    if (num_visual > 0) p.mass = view.as<float>();
+    p.mass_batch_stride = view.stride[0];
+    p.mass_head_stride = view.stride[1];
+  }
+  const cuda::DeviceGuard guard(device);
+  Workspace workspace{allocate, {}};
+  cuda::routed_attention(p, num_visual, std::ref(workspace), stream_of(stream));
+}
+
+void cuda_select_visual_tokens(py::object mass, double ratio, py::object num_visual, py::object out,
+                               uintptr_t stream) {
+  const int device = device_of("mass", mass);
+  const TensorView m = checked_view("mass", mass, DType::kFloat32, {kAny, kAny}, device);
+  check_last_axis("mass", m);
+  if (!(ratio >= 0 && ratio <= 1)) {
+    throw py::value_error("ratio must lie in 0 … 1, got " + to_string(ratio));
+  }
+  const TensorView chosen =
+      checked_output("out", out, DType::kBool, {m.shape[0], m.shape[1]}, device);
+  check_last_axis("out", chosen);
+  cuda::SelectParams p;
+  p.mass = m.as<float>();
+  p.mass_stride = m.stride[0];
+  p.num_visual =
+      device_values<int32_t>("num_visual", num_visual, DType::kInt32, {m.shape[0]}, device);
+  if (p.num_visual == nullptr) throw py::type_error("num_visual must be a tensor, got None");
+  p.ratio = ratio;
+  p.batch = m.shape[0];
+  p.width = m.shape[1];
+  p.out = chosen.as<uint8_t>();
+  p.out_stride = chosen.stride[0];
+  const cuda::DeviceGuard guard(device);
+  cuda::select_visual_tokens(p, stream_of(stream));
+}
+
+void cuda_append_visual(py::object key_cache, py::object value_cache, py::object key_length,
+                        py::object spans, py::object shift, py::object inv_freq,
+                        py::object selected, py::object rows, py::object block_table,
+                        py::object failed, uintptr_t stream, py::object allocate) {
+  const int device = device_of("key_cache", key_cache);
+  const TensorView k = view_of("key_cache", key_cache, device);
+  if (k.ndim != 4 ||
+      (k.dtype != DType::kFloat32 && k.dtype != DType::kFloat16 && k.dtype != DType::kBFloat16)) {
+    throw py::value_error(
+        std::string("key_cache must be a float32, float16 or bfloat16 tensor "
+                    "[B, H_kv, capacity, D] (paged: [num_blocks, H_kv, block_size, D]), got ") +
+        dtype_name(k.dtype) + " " + shape_text(k));
+  }
+  const std::initializer_list<int64_t> shape = {k.shape[0], k.shape[1], k.shape[2], k.shape[3]};
+  AppendVisualParams p;
+  int64_t batch = 0;
+  const int64_t capacity = paged_capacity(block_table, k, kAny, device, &p, &batch);
+  p.dtype = k.dtype;
+  p.batch = batch;
+  p.key_heads = k.shape[1];
+  p.head_dim = k.shape[3];
+  p.key = heads_view("key_cache", checked_output("key_cache", key_cache, k.dtype, shape, device));
+  p.value =
+      heads_view("value_cache", checked_output("value_cache", value_cache, k.dtype, shape, device));
+  const TensorView length =
+      checked_output("key_length", key_length, DType::kInt32, {batch}, device);
+  check_contiguous("key_length", length);
+  const TensorView runs = checked_view("spans", spans, DType::kInt32, {batch, kAny, 2}, device);
+  check_contiguous("spans", runs);
+  p.spans = runs.as<int32_t>();
+  p.num_spans = runs.shape[1];
+  p.shift = device_values<int32_t>("shift", shift, DType::kInt32, {batch}, device);
+  const TensorView frequencies =
+      checked_view("inv_freq", inv_freq, DType::kFloat32, {kAny}, device);
+  check_contiguous("inv_freq", frequencies);
+  p.inv_freq = frequencies.as<float>();
+  p.half = frequencies.shape[0];
+  int64_t width = 0;
+  if (!selected.is_none()) {
+    const TensorView view = checked_view("selected", selected, DType::kBool, {batch, kAny}, device);
+    check_last_axis("selected", view);
+    p.selected = view.as<uint8_t>();
+    p.selected_stride = view.stride[0];
+    width = view.shape[1];
+  }
+  p.rows = device_values<uint8_t>("rows", rows, DType::kBool, {batch}, device);
+  const TensorView report = checked_output("failed", failed, DType::kInt32, {4}, device);
+  const cuda::DeviceGuard guard(device);
+  Workspace workspace{allocate, {}};
+  cuda::append_visual(p, capacity, length.as<int32_t>(), width, report.as<int32_t>(),
+                      std::ref(workspace), stream_of(stream));
+}
+
+}  // namespace
+
+void define_cuda(py::module_& module) {
+  module.def("cuda_routed_attention", &cuda_routed_attention);
+  module.def("cuda_select_visual_tokens", &cuda_select_visual_tokens);
+  module.def("cuda_append_visual_", &cuda_append_visual);
+}
+
+}  // namespace lookagain

@@ -1,0 +1,132 @@
+// routed_attention on a GPU: how a call is cut, and which kernels take it.
+#include "decode_instances.h"
+#include "launch.h"
+#include "routed_attention_simt.cuh"
+
+namespace lookagain {
+namespace cuda {
+namespace {
+
+// The ring, the queries and the tables of routed_attention_decode.cuh, in bytes.
+int64_t decode_shared_bytes(int64_t dim, int64_t rows, int64_t reinjections, int64_t half,
+                            int64_t stages) {
+  const int64_t pitch = dim + 8;
+  const int64_t ring = kWarps * stages * 2 * 16 * pitch * 2;
+  const int64_t merge = kWarps * rows * (dim + 4) * 4;
+  return (1 + reinjections) * rows * pitch * 2 + (reinjections * half * 8 + 15) / 16 * 16 +
+         (ring > merge ? ring : merge);
+}
+
+bool aligned(const HeadsView& view) {
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch_stride % 8 == 0 &&
+         view.head_stride % 8 == 0 && view.row_stride % 8 == 0;
+}
+
+int64_t padded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+}  // namespace
+
+DecodePlan plan_decode(const RoutedAttentionParams& p, int64_t num_visual, const Device& device) {
+  constexpr int64_t kReserved = 1 << 10;  // of a block's shared memory, for the system
+  DecodePlan plan;
+  const int64_t rows = p.query_heads / p.key_heads * p.queries;
+  const int64_t again = p.visual.num_reinjections, half = p.visual.half;
+  plan.dim = p.head_dim <= 64 ? 64 : (p.head_dim <= 96 ? 96 : (p.head_dim <= 128 ? 128 : 256));
+  plan.columns = rows <= 8 ? 1 : (plan.dim == 256 ? 2 : 4);
+  int64_t blocks_per_multiprocessor = 1;
+  if ((p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && aligned(p.key) &&
+      aligned(p.value)) {
+    // Two blocks with two tiles or more in flight for each warp; else one block with what fits.
+    for (int64_t blocks = 2; blocks >= 1 && !plan.tensor_cores; --blocks) {
+      const int64_t room = device.shared_per_multiprocessor / blocks - kReserved;
+      for (int stages = 4; stages >= (blocks == 2 ? 2 : 1); --stages) {
+        const int64_t bytes = decode_shared_bytes(plan.dim, 8 * plan.columns, again, half, stages);
+        if (bytes > room || bytes > device.shared_per_block) continue;
+        plan.tensor_cores = true;
+        plan.stages = stages;
+        plan.shared_bytes = bytes;
+        blocks_per_multiprocessor = blocks;
+        break;
+      }
+    }
+  }
+  if (plan.tensor_cores) {
+    plan.block_rows = 8 * plan.columns;
+  } else {
+    plan.block_rows = Simt<float>::kRows;
+    plan.shared_bytes = Simt<float>::shared_bytes(again, half, p.head_dim);
+    blocks_per_multiprocessor = 4;
+  }
+  plan.row_blocks = static_cast<int>((rows + plan.block_rows - 1) / plan.block_rows);
+  // A piece below this many keys would spend more on its merge than on its keys.
+  constexpr int64_t kMinKeys = 128;
+  const int64_t blocks = p.batch * p.key_heads * plan.row_blocks;
+  plan.splits =
+      static_cast<int>(choose_splits(blocks, device.multiprocessors * blocks_per_multiprocessor,
+                                     (p.keys + kMinKeys - 1) / kMinKeys));
+  const int64_t heads = p.batch * p.key_heads;
+  const int64_t padded_rows = static_cast<int64_t>(plan.row_blocks) * plan.block_rows;
+  int64_t bytes = 0;
+  if (plan.splits > 1 || p.mass != nullptr) {
+    plan.states = bytes;
+    bytes += padded(heads * padded_rows * plan.splits * 8);
+  }
+  if (plan.splits > 1) {
+    plan.outs = bytes;
+    bytes += padded(heads * padded_rows * plan.splits * p.head_dim * 4);
+  }
+  if (p.mass != nullptr) {
+    plan.logits = bytes;
+    bytes += padded(heads * num_visual * padded_rows * 4);
+  }
+  plan.workspace_bytes = bytes;
+  return plan;
+}
+
+void routed_attention(const RoutedAttentionParams& p, int64_t num_visual, const Allocate& allocate,
+                      Stream stream) {
+  if (p.batch == 0 || p.query_heads == 0 || p.queries == 0) return;
+  const DecodePlan plan = plan_decode(p, num_visual, current_device());
+  DecodeLaunch a;
+  a.p = p;
+  a.group = static_cast<int>(p.query_heads / p.key_heads);
+  a.rows = static_cast<int>(a.group * p.queries);
+  a.block_rows = plan.block_rows;
+  a.row_blocks = plan.row_blocks;
+  a.splits = plan.splits;
+  a.stages = plan.stages;
+  a.num_visual = num_visual;
+  a.scale = static_cast<float>(p.scale) * kLog2e;
+  char* workspace =
+      plan.workspace_bytes == 0 ? nullptr : static_cast<char*>(allocate(plan.workspace_bytes));
+  a.states = reinterpret_cast<float*>(workspace + plan.states);
+  a.outs = reinterpret_cast<float*>(workspace + plan.outs);
+  a.logits = p.mass == nullptr ? nullptr : reinterpret_cast<float*>(workspace + plan.logits);
+
+  const int64_t heads = p.batch * p.key_heads;
+  const int64_t blocks = heads * a.row_blocks * a.splits;
+  auto simt = [&](auto* kernel) {
+    launch("routed_attention_simt", kernel, blocks, kThreads, plan.shared_bytes, stream, a);
+  };
+  auto combine = [&](auto* kernel) {
+    const int64_t merges = a.splits > 1 ? heads * a.rows : 0;
+    const int64_t tokens = p.mass == nullptr ? 0 : (num_visual + kThreads - 1) / kThreads;
+    launch("routed_attention_combine", kernel, merges + heads * tokens, kThreads, a.rows * 4,
+           stream, a);
+  };
+  if (p.dtype == DType::kBFloat16) {
+    plan.tensor_cores ? launch_decode_bfloat16(plan, a, stream)
+                      : simt(&routed_attention_simt<BFloat16>);
+    if (a.needs_combine()) combine(&routed_attention_combine<BFloat16>);
+  } else if (p.dtype == DType::kFloat16) {
+    plan.tensor_cores ? launch_decode_float16(plan, a, stream)
+                      : simt(&routed_attention_simt<Float16>);
+    if (a.needs_combine()) combine(&routed_attention_combine<Float16>);
+  } else {
+    simt(&routed_attention_simt<float>);
+    if (a.needs_combine()) combine(&routed_attention_combine<float>);
+  }
+}
+
+}  // namespace cuda
+}  // namespace lookagain

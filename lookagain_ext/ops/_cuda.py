@@ -1,0 +1,183 @@
+"""Calls of the CUDA kernels: the current stream, workspaces, and what has no kernel yet.
+
+Queries beyond a decode step's go through the decode kernel too, in blocks of rows. Gradients, and
+the visual mass of long queries, are computed by the reference.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._native import native
+from ..visual import VisualContext
+
+MOST_COUNTED_QUERIES = 16  # whose logits on visual tokens the kernel keeps for the mass
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels take this tensor."""
+    return tensor.is_cuda
+
+
+def routed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    visual_mass: Tensor | None,
+    mass_from: Tensor | None,
+    key_start: Tensor | None,
+    key_length: Tensor | None,
+    visual: tuple[Tensor | None, ...],
+    block_table: Tensor | None,
+    scale: float,
+) -> None:
+    """Writes `out` and `lse`, adds to `visual_mass`; the ops' own arguments otherwise."""
+    counted = visual_mass if query.shape[2] <= MOST_COUNTED_QUERIES else None
+    spans, inv_freq, shift, start, selected = visual
+    launch_routed_attention(
+        query,
+        key,
+        value,
+        out,
+        lse,
+        counted,
+        _packed(mass_from) if counted is not None else None,
+        _packed(key_start),
+        _packed(key_length),
+        _packed(spans),
+        _packed(inv_freq),
+        _packed(shift),
+        _packed(start),
+        _packed(selected),
+        _packed(block_table),
+        scale,
+    )
+    if visual_mass is not None and counted is None:
+        reference.routed_attention(
+            query,
+            key,
+            value,
+            VisualContext(*visual),
+            scale=scale,
+            key_start=key_start,
+            key_length=key_length,
+            visual_mass=visual_mass,
+            mass_from=mass_from,
+            block_table=block_table,
+        )
+
+
+def routed_attention_backward(
+    grad_out: Tensor, tensors: tuple[Tensor | None, ...], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, through autograd over the reference."""
+    query, key, value, key_start, key_length, spans, *rest = tensors
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    visual = None if spans is None else VisualContext(spans, *rest)
+    with torch.enable_grad():
+        out = reference.routed_attention(
+            *leaves, visual, scale=scale, key_start=key_start, key_length=key_length
+        )
+    return torch.autograd.grad(out, leaves, grad_out)
+
+
+def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor, out: Tensor) -> None:
+    """Writes the choice of each row to `out`."""
+    native().cuda_select_visual_tokens(mass, ratio, _packed(num_visual), out, _stream(mass))
+
+
+def append_visual_(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key_length: Tensor,
+    spans: Tensor,
+    shift: Tensor,
+    inv_freq: Tensor,
+    selected: Tensor | None,
+    rows: Tensor | None,
+    block_table: Tensor | None,
+    check_room: bool,
+) -> None:
+    """The op; with `check_room` waits for the device and raises if nothing was written."""
+    failed = torch.empty(4, dtype=torch.int32, device=key_cache.device)
+    lengths = _packed(key_length)
+    launch_append_visual_(
+        key_cache,
+        value_cache,
+        lengths,
+        _packed(spans),
+        _packed(shift),
+        _packed(inv_freq),
+        _packed(selected),
+        _packed(rows),
+        _packed(block_table),
+        failed,
+    )
+    if lengths is not key_length:
+        key_length.copy_(lengths)
+    if check_room and not _capturing():
+        _raise(failed.tolist(), capacity(key_cache, block_table))
+
+
+def capacity(key_cache: Tensor, block_table: Tensor | None) -> int:
+    """Slots of a row."""
+    slots = key_cache.shape[2]
+    return slots if block_table is None else slots * block_table.shape[1]
+
+
+def launch_routed_attention(*arguments: Tensor | float | None) -> None:
+    """The binding, with stream and workspace."""
+    query = arguments[0]
+    native().cuda_routed_attention(*arguments, _stream(query), partial(_workspace, query))
+
+
+def launch_append_visual_(*arguments: Tensor | None) -> None:
+    """The binding, with stream and workspace."""
+    cache = arguments[0]
+    native().cuda_append_visual_(*arguments, _stream(cache), partial(_workspace, cache))
+
+
+def _raise(failed: list[int], capacity: int) -> None:
+    what, row, length, tokens = failed
+    if what == 1:
+        raise ValueError(
+            f"row {row} of key_cache has no room: it holds {length} keys, {tokens} visual tokens "
+            f"are to be appended, its capacity is {capacity}"
+        )
+    if what == 2:
+        raise ValueError(
+            f"key_length must lie in 0 … {capacity} (the capacity of key_cache), got {length} "
+            f"in row {row}"
+        )
+    if what == 3:
+        raise ValueError(
+            "spans must be ascending, disjoint, end at or before key_length and hold no more "
+            f"tokens than selected, which they do not in row {row}"
+        )
+    if what == 4:
+        raise ValueError(
+            "block_table must name a block for every slot that is read or written, got -1 "
+            f"(unused) in row {row}"
+        )
+
+
+def _packed(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _workspace(tensor: Tensor, size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=tensor.device)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

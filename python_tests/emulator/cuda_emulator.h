@@ -1,0 +1,350 @@
+// A GPU for tests: runs the kernels of csrc/cuda on the host, unchanged, one fibre a thread.
+//
+// Threads of a block run in turn and give way at every barrier and warp-wide operation, in an order
+// that a seed shuffles, so that a missing barrier shows. Asynchronous copies happen only when they
+// are waited for; shared memory starts as NaN. An out-of-bounds access to shared memory raises, and
+// host tools (AddressSanitizer, valgrind) see those to global memory. Nothing here is about speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "core/types.h"
+
+#define LA_DEVICE inline
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+namespace emulator {
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
+struct Fibre {
+  ucontext_t context;
+  std::vector<char> stack;
+  dim3 thread;
+  bool done = false;
+  long block_barriers = 0;  // barriers reached
+  long warp_barriers = 0;
+  std::vector<std::vector<Copy>> groups;  // committed, not waited for
+  std::vector<Copy> open;
+};
+
+struct Warp {
+  // Two generations, so that a fast lane's next operation leaves the slow lane's values alone.
+  uint64_t slots[2][32][4];
+};
+
+struct Block {
+  std::vector<Fibre> fibres;
+  std::vector<Warp> warps;
+  std::vector<char> shared;
+  dim3 index, grid, size;
+  ucontext_t scheduler;
+  int current = 0;
+};
+
+inline Block*& block() {
+  static thread_local Block* current = nullptr;
+  return current;
+}
+inline uint64_t& seed() {
+  static uint64_t value = 1;
+  return value;
+}
+inline long& instructions() {  // warp-wide operations, to see that a test ran what it meant to
+  static long count = 0;
+  return count;
+}
+
+inline Fibre& fibre() { return block()->fibres[block()->current]; }
+inline int lane() { return block()->current % 32; }
+inline Warp& warp() { return block()->warps[block()->current / 32]; }
+inline void give_way() { swapcontext(&fibre().context, &block()->scheduler); }
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulator: %s\n", what);
+  std::abort();
+}
+
+inline void warp_barrier() {
+  Block& b = *block();
+  const int first = b.current / 32 * 32;
+  const long mine = ++fibre().warp_barriers;
+  for (;;) {
+    bool all = true;
+    for (int i = first; i < first + 32; ++i) {
+      if (b.fibres[i].done && b.fibres[i].warp_barriers < mine)
+        fail("a lane ended while its warp waits for it");
+      all = all && b.fibres[i].warp_barriers >= mine;
+    }
+    if (all) return;
+    give_way();
+  }
+}
+
+inline void block_barrier() {
+  Block& b = *block();
+  const long mine = ++fibre().block_barriers;
+  for (;;) {
+    bool all = true;
+    for (Fibre& other : b.fibres) {
+      if (other.done && other.block_barriers < mine)
+        fail("a thread ended while its block waits for it");
+      all = all && other.block_barriers >= mine;
+    }
+    if (all) return;
+    give_way();
+  }
+}
+
+// Every lane gives `values`, then sees those of all lanes.
+struct Exchange {
+  uint64_t (*slots)[4];
+  explicit Exchange(std::initializer_list<uint64_t> values) {
+    if (lane() == 0) ++instructions();
+    slots = warp().slots[(fibre().warp_barriers + 1) % 2];
+    std::copy(values.begin(), values.end(), slots[lane()]);
+    warp_barrier();
+  }
+};
+
+inline void check_shared(const void* pointer, size_t bytes) {
+  const char* p = static_cast<const char*>(pointer);
+  const std::vector<char>& shared = block()->shared;
+  if (p < shared.data() || p + bytes > shared.data() + shared.size()) {
+    fail("access outside of shared memory");
+  }
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) fail("misaligned shared access");
+}
+
+inline void finish_copies(size_t pending) {
+  Fibre& f = fibre();
+  while (f.groups.size() > pending) {
+    for (const Copy& copy : f.groups.front()) {
+      std::memset(copy.to, 0, 16);
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    f.groups.erase(f.groups.begin());
+  }
+}
+
+inline const std::function<void()>*& body() {
+  static thread_local const std::function<void()>* current = nullptr;
+  return current;
+}
+
+inline void enter() {
+  (*body())();
+  if (!fibre().groups.empty() || !fibre().open.empty()) {
+    for (const auto& group : fibre().groups) {
+      if (!group.empty()) fail("a thread ended with copies under way");
+    }
+    if (!fibre().open.empty()) fail("a thread ended with copies it did not commit");
+  }
+  fibre().done = true;
+  for (;;) give_way();
+}
+
+inline void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  if (threads % 32 != 0) fail("blocks are whole warps");
+  body() = &kernel;
+  Block b;
+  b.fibres.resize(threads);
+  b.warps.resize(threads / 32);
+  b.grid = grid;
+  b.size = dim3(threads);
+  for (Fibre& f : b.fibres) f.stack.resize(96 << 10);
+  block() = &b;
+  std::vector<int> order(threads);
+  for (int i = 0; i < threads; ++i) order[i] = i;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        b.index = dim3(x, y, z);
+        b.shared.assign(shared_bytes, static_cast<char>(0xff));
+        for (int i = 0; i < threads; ++i) {
+          Fibre& f = b.fibres[i];
+          f.done = false;
+          f.thread = dim3(i, 0, 0);
+          f.block_barriers = f.warp_barriers = 0;
+          f.groups.clear();
+          f.open.clear();
+          getcontext(&f.context);
+          f.context.uc_stack.ss_sp = f.stack.data();
+          f.context.uc_stack.ss_size = f.stack.size();
+          f.context.uc_link = &b.scheduler;
+          makecontext(&f.context, enter, 0);
+        }
+        for (int left = threads; left > 0;) {
+          seed() = seed() * 6364136223846793005ull + 1442695040888963407ull;
+          std::swap(order[(seed() >> 33) % threads], order[0]);
+          for (int i : order) {
+            if (b.fibres[i].done) continue;
+            b.current = i;
+            swapcontext(&b.scheduler, &b.fibres[i].context);
+            if (b.fibres[i].done) --left;
+          }
+        }
+      }
+    }
+  }
+  block() = nullptr;
+}
+
+}  // namespace emulator
+
+#define threadIdx (::emulator::fibre().thread)
+#define blockIdx (::emulator::block()->index)
+#define gridDim (::emulator::block()->grid)
+#define blockDim (::emulator::block()->size)
+
+inline void __syncthreads() { emulator::block_barrier(); }
+inline void __syncwarp() { emulator::warp_barrier(); }
+inline int atomicAdd(int* to, int value) {
+  const int before = *to;
+  *to += value;
+  return before;
+}
+
+namespace lookagain {
+namespace cuda {
+
+inline char* dynamic_shared() { return emulator::block()->shared.data(); }
+
+inline void copy_async(void* shared, const void* global, int bytes) {
+  emulator::check_shared(shared, 16);
+  if (bytes != 0 && bytes != 16) emulator::fail("copies are 0 or 16 bytes");
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) emulator::fail("misaligned global access");
+  emulator::fibre().open.push_back({shared, global, bytes});
+}
+
+inline void copy_async_commit() {
+  emulator::Fibre& f = emulator::fibre();
+  f.groups.push_back(std::move(f.open));
+  f.open.clear();
+}
+
+template <int kPending>
+void copy_async_wait() {
+  emulator::finish_copies(kPending);
+}
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  emulator::check_shared(row, 16);
+  const emulator::Exchange all({reinterpret_cast<uint64_t>(row)});
+  for (int i = 0; i < 4; ++i) {
+    const char* from = reinterpret_cast<const char*>(all.slots[8 * i + emulator::lane() / 4][0]);
+    std::memcpy(&r[i], from + 4 * (emulator::lane() % 4), 4);
+  }
+}
+
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  emulator::check_shared(row, 16);
+  const emulator::Exchange all({reinterpret_cast<uint64_t>(row)});
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int j = 0; j < 2; ++j) {
+      const uint64_t from = all.slots[8 * i + 2 * (emulator::lane() % 4) + j][0];
+      std::memcpy(&pair[j], reinterpret_cast<const char*>(from) + 2 * (emulator::lane() / 4), 2);
+    }
+    std::memcpy(&r[i], pair, 4);
+  }
+}
+
+inline uint32_t transpose(uint32_t x) {
+  const emulator::Exchange all({x});
+  uint32_t y = 0;
+  for (int j = 0; j < 2; ++j) {
+    // Element (2 (l % 4) + j, l / 4) of the matrix held: lane 4 row + column / 2, half column % 2.
+    const int row = 2 * (emulator::lane() % 4) + j, column = emulator::lane() / 4;
+    const uint64_t held = all.slots[4 * row + column / 2][0];
+    y |= ((held >> (16 * (column % 2))) & 0xffff) << (16 * j);
+  }
+  return y;
+}
+
+template <typename T>
+float element(uint64_t packed, int index) {
+  return to_float(T{static_cast<uint16_t>(packed >> (16 * index))});
+}
+
+template <typename T>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const emulator::Exchange all({a[0] | static_cast<uint64_t>(a[1]) << 32,
+                                a[2] | static_cast<uint64_t>(a[3]) << 32,
+                                b0 | static_cast<uint64_t>(b1) << 32});
+  for (int i = 0; i < 4; ++i) {
+    const int row = emulator::lane() / 4 + 8 * (i / 2), column = 2 * (emulator::lane() % 4) + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      // a: register (row >= 8) + 2 (k >= 8) of lane 4 (row % 8) + k % 8 / 2; b: register k >= 8.
+      const uint64_t left = all.slots[4 * (row % 8) + k % 8 / 2][k / 8];
+      const uint64_t right = all.slots[4 * column + k % 8 / 2][2];
+      sum += static_cast<double>(element<T>(left, 2 * (row / 8) + k % 2)) *
+             element<T>(right, 2 * (k / 8) + k % 2);
+    }
+    c[i] = static_cast<float>(sum);
+  }
+}
+
+template <typename T>
+uint32_t pack(float low, float high) {
+  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+}
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
+
+inline void sine_cosine_pi(float x, float* sine, float* cosine) {
+  *sine = static_cast<float>(std::sin(M_PI * x));
+  *cosine = static_cast<float>(std::cos(M_PI * x));
+}
+
+inline float shuffle_xor(float x, int mask) {
+  const emulator::Exchange all({float_to_bits(x)});
+  return bits_to_float(static_cast<uint32_t>(all.slots[emulator::lane() ^ mask][0]));
+}
+
+inline uint32_t ballot(bool x) {
+  const emulator::Exchange all({x});
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(all.slots[i][0]) << i;
+  return bits;
+}
+inline bool any_lane(bool x) { return ballot(x) != 0; }
+inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+
+}  // namespace cuda
+}  // namespace lookagain

@@ -1,0 +1,117 @@
+"""What only an emulated GPU shows of the CUDA kernels: how work is cut, in which order it runs.
+
+The kernels' results are tested where the ops are, by the same bodies as on the CPU.
+"""
+
+from __future__ import annotations
+
+import emulated
+import pytest
+import torch
+from cases import Case, Problem
+from physical import Answer, assert_as_accurate_as, attend
+
+
+@pytest.fixture(autouse=True)
+def small_device():
+    """Four multiprocessors, so that small problems are cut into pieces."""
+    emulated.device()
+    yield
+    emulated.device()
+
+
+def run(problem: Problem, plan: list[int] | None = None) -> Answer:
+    batch, heads, queries, size = problem.query.shape
+    out = torch.full_like(problem.query, torch.nan).contiguous()
+    lse = torch.full((batch, heads, queries), torch.nan)
+    mass = torch.zeros(batch, problem.key.shape[1], problem.max_visual)
+    visual = problem.visual
+    emulated.launch_routed_attention(
+        problem.query,
+        problem.key,
+        problem.value,
+        out,
+        lse,
+        mass,
+        problem.mass_from,
+        problem.key_start,
+        problem.key_length,
+        visual.spans,
+        visual.inv_freq,
+        visual.shift,
+        visual.start,
+        visual.selected,
+        None,
+        size**-0.5,
+        plan,
+    )
+    return Answer(out, lse, mass)
+
+
+def check(problem: Problem, found: Answer) -> None:
+    exact = attend(problem, dtype=torch.float64)
+    eager = attend(problem, dtype=problem.query.dtype)
+    for name in Answer._fields:
+        assert_as_accurate_as(
+            getattr(found, name), getattr(exact, name), getattr(eager, name), name
+        )
+
+
+# (tensor cores, head size compiled for, blocks of 8 rows, pieces, tiles in flight)
+@pytest.mark.parametrize(
+    ("case", "multiprocessors", "shared", "plan"),
+    [
+        (Case(groups=7, keys=600, size=128), 4, 227 << 10, [1, 128, 1, 2, 3]),
+        (Case(groups=7, keys=600, size=128), 16, 227 << 10, [1, 128, 1, 5, 3]),
+        (Case(groups=7, keys=600, size=128), 4, 99 << 10, [1, 128, 1, 1, 2]),
+        (Case(batch=1, groups=9, keys=300, size=80, again=3), 4, 99 << 10, [1, 96, 4, 2, 2]),
+        (Case(batch=1, groups=2, keys=200, size=256, again=16), 4, 99 << 10, [0, 256, 1, 2, 1]),
+        (Case(batch=1, groups=3, keys=130, size=64, queries=6), 1, 227 << 10, [1, 64, 4, 1, 4]),
+    ],
+    ids=lambda value: str(value),
+)
+def test_every_way_to_cut_the_work_is_right(
+    case: Case, multiprocessors: int, shared: int, plan: list[int]
+) -> None:
+    emulated.device(multiprocessors=multiprocessors, shared=shared)
+    problem = case.but(dtype=torch.bfloat16).make()
+    found: list[int] = []
+    answer = run(problem, found)
+    assert found == plan
+    check(problem, answer)
+
+
+def test_unaligned_rows_take_the_other_kernel() -> None:
+    problem = Case(keys=90, size=64, dtype=torch.bfloat16).make()
+    storage = torch.full((2, 2, 90, 69), torch.nan, dtype=torch.bfloat16)
+    storage[..., 3:67] = problem.key
+    odd = problem._replace(key=storage[..., 3:67])
+    plan: list[int] = []
+    answer = run(odd, plan)
+    assert plan[0] == 0
+    check(odd, answer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_order_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
+    problem = Case(groups=5, keys=300, size=64, again=3, select=True, dtype=dtype).make()
+    first = run(problem)
+    for seed in range(2, 8):
+        emulated.device(seed=seed)
+        for one, other in zip(first, run(problem), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_wrong_lengths_read_nothing_outside() -> None:
+    """Values of index tensors are clamped on a GPU, where a check would wait for the device."""
+    problem = Case(batch=2, keys=40, size=64, dtype=torch.bfloat16, poison=False).make()
+    wild = problem._replace(
+        key_length=torch.tensor([4000, -3], dtype=torch.int32),
+        key_start=torch.tensor([-5, 99], dtype=torch.int32),
+    )
+    tame = problem._replace(
+        key_length=torch.tensor([40, 0], dtype=torch.int32),
+        key_start=torch.tensor([0, 0], dtype=torch.int32),
+    )
+    for one, other in zip(run(wild), run(tame), strict=True):
+        assert torch.equal(one, other)
