@@ -163,12 +163,10 @@ def _places(blocks: Tensor, slots: Tensor, block_size: int) -> tuple[Tensor, sli
 
 
 def _gather_blocks(cache: Tensor, block_table: Tensor) -> Tensor:
-    """The rows of a paged cache, [B, H_kv, blocks · block_size, D]; unused blocks are zero."""
+    """The rows of a paged cache, [B, H_kv, blocks · block_size, D]; any block for an unused one."""
     if cache.shape[0] == 0:
         cache = cache.new_zeros(1, *cache.shape[1:])
-    blocks = cache[block_table.clamp(min=0).long()]
-    blocks = blocks.masked_fill((block_table < 0)[..., None, None, None], 0.0)
-    return blocks.transpose(1, 2).flatten(2, 3)
+    return cache[block_table.clamp(min=0).long()].transpose(1, 2).flatten(2, 3)
 
 
 def _check_block_table(block_table: Tensor, cache: Tensor, used: Tensor) -> None:
