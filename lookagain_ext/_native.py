@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from types import ModuleType
 
 from . import __version__
@@ -56,7 +57,15 @@ def use_kernels(device_type: str) -> bool:
     """
     if os.environ.get("LOOKAGAIN_BACKEND") == "reference":
         return False
-    return device_type == "cpu" or (device_type == "cuda" and bool(build_info()["cuda_archs"]))
+    if device_type == "cuda" and not build_info()["cuda_archs"]:
+        warnings.warn(
+            "lookagain_ext was built without CUDA kernels: ops on CUDA tensors run on the plain "
+            "PyTorch reference, which is slow. Install it again with nvcc on the path "
+            "(`pip install --force-reinstall --no-deps -C cmake.define.LOOKAGAIN_CUDA=ON .`).",
+            stacklevel=3,
+        )
+        return False
+    return device_type in ("cpu", "cuda")
 
 
 def build_info() -> dict[str, object]:
