@@ -318,6 +318,27 @@ def test_no_such_training_configuration(tmp_path):
     assert "no configuration" in said and "tiny.yaml" in said
 
 
+def test_names_in_brackets_are_no_markup(reciting, no_plots, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in ("x[/y]", "x[red]"):
+        result = lookagain("ask", picture, "Why?", "--out", out, "--model", "[/m]")
+        assert result.exit_code == 0, result.output
+        assert f"{out}/overlay.png  where it looked\n" in result.stdout
+    result = lookagain("scene", "b[/z].png")
+    assert result.exit_code == 0, result.output
+    assert "b[/z].png  " in result.stdout
+
+
+def test_names_that_are_no_text(reciting, no_plots, picture, tmp_path):
+    name = os.fsdecode(b"\xff")
+    picture = picture.rename(picture.with_name(f"{name}.png"))
+    result = lookagain("ask", picture, "Why?", "--out", tmp_path / name)
+    assert result.exit_code == 0, result.output
+    assert r"\udcff/overlay.png" in result.stdout
+    trace = json.loads((tmp_path / name / "trace.json").read_text())
+    assert trace["image"] == str(picture)
+
+
 def test_a_scene_in_no_format(tmp_path):
     assert "End the name in .png" in refused("scene", tmp_path / "scene")
 
