@@ -101,14 +101,7 @@ void* lse_data(py::handle lse, const TensorView& query) {
   if (lse.is_none()) return nullptr;
   TensorView view = checked_output("lse", lse, precise(query.dtype),
                                    {query.shape[0], query.shape[1], query.shape[2]});
-  int64_t expected = 1;
-  for (int i = 2; i >= 0; --i) {
-    if (view.shape[i] > 1 && view.stride[i] != expected) {
-      throw py::value_error("lse must be contiguous, got stride " + to_string(view.stride[i]) +
-                            " on axis " + to_string(i));
-    }
-    expected *= view.shape[i];
-  }
+  check_contiguous("lse", view);
   return view.data;
 }
 
@@ -136,6 +129,7 @@ void routed_attention(py::object query, py::object key, py::object value, py::ob
   p.out =
       heads_view("out", checked_output("out", out, q.dtype, {batch, q.shape[1], q.shape[2], dim}));
   p.lse = lse_data(lse, q);
+  if (is_empty(k)) p.value.data = p.out.data;  // not read; null would ask for lse and mass alone
   int64_t num_visual = kAny;
   std::vector<int32_t> from(static_cast<size_t>(batch), INT32_MIN);
   if (!mass.is_none()) {
@@ -156,6 +150,7 @@ void routed_attention(py::object query, py::object key, py::object value, py::ob
   p.visual = visual.params;
   check_blocks_read(table, limits, p.visual);
   if (visual.max_visual == 0) p.mass = nullptr;
+  if (is_empty(q)) return;
   const CpuKernels& kernels = cpu_kernels(q.dtype);
   py::gil_scoped_release release;
   (p.queries <= kDecodeQueries ? kernels.routed_attention_decode
@@ -215,20 +210,14 @@ void visual_mass(py::object query, py::object key, py::object lse, py::object ro
   p.num_ranges = ranges.shape[1];
   const TensorView mass = checked_output("mass_out", mass_out, DType::kFloat32,
                                          {batch, p.num_ranges, k.shape[1], kAny});
-  int64_t expected = 1;
-  for (int i = 3; i >= 0; --i) {
-    if (mass.shape[i] > 1 && mass.stride[i] != expected) {
-      throw py::value_error("mass_out must be contiguous, got stride " + to_string(mass.stride[i]) +
-                            " on axis " + to_string(i));
-    }
-    expected *= mass.shape[i];
-  }
+  check_contiguous("mass_out", mass);
   p.mass = mass.as<float>();
   p.num_visual = mass.shape[3];
   if (spans.is_none()) throw py::type_error("spans must be a tensor, got None");
   const VisualArguments visual(spans, inv_freq, shift, start, selected, batch, keys, q.shape[3],
                                p.num_visual, limits.key_length);
   p.visual = visual.params;
+  if (is_empty(q) || is_empty(mass)) return;  // the caller hands over zeros
   const CpuKernels& kernels = cpu_kernels(q.dtype);
   py::gil_scoped_release release;
   kernels.visual_mass(p);

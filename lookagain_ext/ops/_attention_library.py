@@ -72,6 +72,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, the first three of `tensors`."""
     query, key, value, *rest = tensors
+    if query.numel() == 0 or key.numel() == 0:  # no query sees a key
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
