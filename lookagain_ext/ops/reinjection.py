@@ -13,6 +13,7 @@ from ._checks import (
     check_kernel_layout,
     check_rows,
     check_tensor,
+    is_traced,
 )
 
 
@@ -93,8 +94,10 @@ def append_visual_(
         )
         return
     check_kernel_layout(key_cache=key_cache, value_cache=value_cache)
-    call = torch.ops.lookagain.append_visual_ if torch.compiler.is_compiling() else _forward
-    call(key_cache, value_cache, key_length, spans, shift, inv_freq, selected, rows, block_table)
+    tensors = (key_cache, value_cache, key_length, spans, shift, inv_freq, selected, rows)
+    traced = is_traced(*tensors, block_table)
+    call = torch.ops.lookagain.append_visual_ if traced else _forward
+    call(*tensors, block_table)
 
 
 def _forward(

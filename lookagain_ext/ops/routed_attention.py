@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._native import use_kernels
-from ..visual import VisualContext
+from ..visual import NEVER, VisualContext
 from ._attention_library import backward, forward
 from ._checks import (
     check_attention,
@@ -19,7 +19,12 @@ from ._checks import (
     check_scale,
     check_tensor,
     check_visual,
+    is_traced,
 )
+from .visual_mass import forward as visual_mass_forward
+
+# `is_traced` would cost a small call too much: its parts stand in `routed_attention`.
+is_compiling, len_dispatch_stack = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 
 
 def routed_attention(
@@ -86,10 +91,14 @@ def routed_attention(
     """
     arguments = (query, key, value, key_start, key_length, visual, visual_mass, mass_from)
     arguments = (*arguments, block_table, scale)
-    compiling = torch.compiler.is_compiling()
-    if compiling or not isinstance(query, Tensor) or not use_kernels(query.device.type):
+    if (
+        is_compiling()
+        or len_dispatch_stack()
+        or not (type(query) is type(key) is type(value) is Tensor)
+        or not use_kernels(query.device.type)
+    ):
         _check(*arguments)
-        if not compiling:
+        if not is_compiling() and not use_kernels(query.device.type):
             return reference.routed_attention(
                 query,
                 key,
@@ -103,7 +112,7 @@ def routed_attention(
                 block_table=block_table,
                 return_lse=return_lse,
             )
-        out, lse = _compiled(*arguments)
+        out, lse = _traced(*arguments)
     else:
         try:
             out, lse = _eager(*arguments, return_lse)
@@ -194,7 +203,7 @@ def _eager(
     return out, lse
 
 
-def _compiled(
+def _traced(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -234,25 +243,13 @@ def _add_mass(
     scale: float,
 ) -> None:
     """The visual mass of a forward whose log-sum-exp is known."""
-    from .visual_mass import visual_mass
-
-    rows = torch.empty(query.shape[0], 1, 2, dtype=torch.int32, device=query.device)
-    rows[..., 0] = 0 if mass_from is None else mass_from[:, None]
-    rows[..., 1] = torch.iinfo(torch.int32).max
-    context = VisualContext(spans, inv_freq, shift, start, selected)
+    fields, limits = (spans, inv_freq, shift, start, selected), (key_start, key_length)
+    first = query.new_zeros(query.shape[0], dtype=torch.int32) if mass_from is None else mass_from
+    rows = torch.stack([first, torch.full_like(first, NEVER)], -1)[:, None]
+    call = torch.ops.lookagain.visual_mass if is_traced(query, key, lse) else visual_mass_forward
+    tensors = (query.detach(), key.detach(), rows, mass.shape[-1], lse.detach(), *limits, *fields)
     with torch.no_grad():
-        found = visual_mass(
-            query.detach(),
-            key.detach(),
-            context,
-            rows,
-            scale=scale,
-            key_start=key_start,
-            key_length=key_length,
-            lse=lse.detach(),
-        )[:, 0]
-        width = min(found.shape[-1], mass.shape[-1])
-        mass[..., :width] += found[..., :width]
+        mass += call(*tensors, scale)[:, 0]
 
 
 class _RoutedAttention(torch.autograd.Function):
@@ -269,4 +266,7 @@ class _RoutedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         *tensors, out, lse = ctx.saved_tensors
+        if is_traced(grad_out):
+            call = torch.ops.lookagain.routed_attention_backward
+            return (*call(grad_out, out, lse, *tensors, ctx.scale), *[None] * 8)
         return (*backward(grad_out, out, lse, tuple(tensors), ctx.scale), *[None] * 8)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._native import native, use_kernels
-from ._checks import check_tensor
+from ._checks import check_tensor, is_traced
 
 
 def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor) -> Tensor:
@@ -48,7 +48,8 @@ def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor) -> Tens
         mass = mass.sum(1)
     if not use_kernels(mass.device.type):
         return reference.select_visual_tokens(mass, ratio, num_visual)
-    call = torch.ops.lookagain.select_visual_tokens if torch.compiler.is_compiling() else _forward
+    traced = is_traced(mass, num_visual)
+    call = torch.ops.lookagain.select_visual_tokens if traced else _forward
     return call(mass.detach().float().contiguous(), float(ratio), num_visual.to(torch.int32))
 
 

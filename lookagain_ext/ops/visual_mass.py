@@ -15,6 +15,7 @@ from ._checks import (
     check_scale,
     check_tensor,
     check_visual,
+    is_traced,
 )
 
 
@@ -83,13 +84,13 @@ def visual_mass(
     else:
         width = int(visual.num_visual().max()) if visual.spans.numel() else 0
     fields = (visual.spans, visual.inv_freq, visual.shift, visual.start, visual.selected)
-    call = torch.ops.lookagain.visual_mass if torch.compiler.is_compiling() else _forward
-    return call(
-        query.detach(), key.detach(), rows, width, lse, key_start, key_length, *fields, scale
-    )
+    limits = (key_start, key_length)
+    traced = is_traced(query, key, rows, lse, *limits, *fields)
+    call = torch.ops.lookagain.visual_mass if traced else forward
+    return call(query.detach(), key.detach(), rows, width, lse, *limits, *fields, scale)
 
 
-def _forward(
+def forward(
     query: Tensor,
     key: Tensor,
     rows: Tensor,
@@ -104,6 +105,7 @@ def _forward(
     selected: Tensor | None,
     scale: float,
 ) -> Tensor:
+    """The mass of `width` visual tokens, all arguments checked; see `visual_mass`."""
     mass = _output(query, key, rows, width)
     native().visual_mass(
         query,
@@ -129,5 +131,5 @@ def _output(query: Tensor, key: Tensor, rows: Tensor, width: int, *_: object) ->
     return query.new_zeros(shape, dtype=torch.float32)
 
 
-_op = torch.library.custom_op("lookagain::visual_mass", _forward, mutates_args=())
+_op = torch.library.custom_op("lookagain::visual_mass", forward, mutates_args=())
 _op.register_fake(_output)
