@@ -131,7 +131,7 @@ void routed_attention(py::object query, py::object key, py::object value, py::ob
   p.lse = lse_data(lse, q);
   if (is_empty(k)) p.value.data = p.out.data;  // not read; null would ask for lse and mass alone
   int64_t num_visual = kAny;
-  std::vector<int32_t> from(static_cast<size_t>(batch), INT32_MIN);
+  std::vector<int32_t> from(static_cast<size_t>(batch), 0);
   if (!mass.is_none()) {
     if (spans.is_none()) throw py::value_error("mass needs spans, got None");
     TensorView view = checked_output("mass", mass, DType::kFloat32, {batch, k.shape[1], kAny});
