@@ -12,6 +12,7 @@ from .._native import use_kernels
 from ..visual import NEVER, VisualContext
 from ._attention_library import backward, forward
 from ._checks import (
+    check_added_to,
     check_attention,
     check_block_table,
     check_kernel_layout,
@@ -66,7 +67,8 @@ def routed_attention(
             each visual token, all its sightings together, summed over the G query heads of the
             group and over the counted queries (Eq. 5 of Qwen Look Again, arXiv 2505.23558, before
             the mean over tokens, heads and layers).
-        mass_from: int32 [B], first key index whose query is counted; default: all.
+        mass_from: int32 [B], first key index whose query is counted; default 0. (Queries before
+            key 0 exist where L_q > key_length; they can only see re-injections.)
         block_table: int32 [B, blocks], of a paged cache: key and value are then
             [num_blocks, H_kv, block_size, D] (a cache that lies [num_blocks, block_size, H_kv, D]
             is passed as `.transpose(1, 2)`), slot j of row b is slot j % block_size of block
@@ -158,6 +160,7 @@ def _check(
             raise ValueError("visual_mass needs visual, which tells where the visual tokens are")
         shape = (query.shape[0], key.shape[1], None)
         check_tensor("visual_mass", visual_mass, shape, torch.float32, query)
+        check_added_to("visual_mass", visual_mass)
     elif mass_from is not None:
         raise ValueError("mass_from needs visual_mass, the buffer the mass is added to")
     if use_kernels(query.device.type):
@@ -189,7 +192,8 @@ def _eager(
     scale: float | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if type(scale) is not float:
+        scale = check_scale(scale, query.shape[-1])
     tensors = (query, key, value, key_start, key_length, *_fields(visual))
     if visual_mass is None and mass_from is not None:
         raise ValueError("mass_from needs visual_mass")
@@ -197,6 +201,8 @@ def _eager(
         return forward(*tensors, visual_mass, mass_from, block_table, scale, return_lse)
     if block_table is not None:
         raise ValueError("block_table has no gradient")
+    if visual_mass is not None:  # no kernel will check it
+        _check(*tensors[:5], visual, visual_mass, mass_from, block_table, scale)
     out, lse = _RoutedAttention.apply(*tensors, scale)
     if visual_mass is not None:
         _add_mass(visual_mass, mass_from, lse, *tensors, scale)
@@ -215,7 +221,8 @@ def _traced(
     block_table: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if type(scale) is not float:
+        scale = check_scale(scale, query.shape[-1])
     tensors = (query, key, value, key_start, key_length, *_fields(visual))
     if visual_mass is not None and not _wants_grad(query, key, value):
         call = torch.ops.lookagain.routed_attention_mass_
