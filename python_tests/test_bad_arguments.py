@@ -225,6 +225,11 @@ SELECT = {
     "count of another batch": ({"num_visual": ints(3)}, ValueError, "num_visual must have shape"),
     "count past the tokens": ({"num_visual": ints(3, 4)}, ValueError, "num_visual"),
     "count negative": ({"num_visual": ints(3, -1)}, ValueError, "num_visual"),
+    "count past int32": (
+        {"num_visual": torch.tensor([3, 2**33])},
+        ValueError,
+        "num_visual must fit into int32, got 8589934592",
+    ),
     "count is float": ({"num_visual": torch.ones(2)}, TypeError, "num_visual must be torch.int32"),
 }
 
@@ -294,6 +299,59 @@ def test_append_visual(name: str) -> None:
 )
 def test_visual_context(call, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+FREQUENCIES = torch.ones(4)
+WIDE = torch.tensor([1, 2**33])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: VisualContext.from_spans([[1, 2]], FREQUENCIES),
+            TypeError,
+            "spans must be a tensor, got list",
+        ),
+        (
+            lambda: VisualContext.from_spans(ints([[0, 1]]), [1.0]),
+            TypeError,
+            "inv_freq must be a tensor, got list",
+        ),
+        (
+            lambda: VisualContext.from_spans(torch.ones(2, 1, 2), FREQUENCIES),
+            TypeError,
+            "spans must be an integer tensor, got torch.float32",
+        ),
+        (
+            lambda: VisualContext.from_spans(ints([[0, 1]]), FREQUENCIES.int()),
+            TypeError,
+            "inv_freq must be floating, got torch.int32",
+        ),
+        (
+            lambda: VisualContext.from_spans(WIDE.view(1, 1, 2), FREQUENCIES),
+            ValueError,
+            "spans must fit into int32, got 8589934592",
+        ),
+        (
+            lambda: PROBLEM.visual.reinject([True, False], 1, 2),
+            TypeError,
+            "rows must be a tensor, got list",
+        ),
+        (
+            lambda: PROBLEM.visual.reinject(ONES, 1, 2, [[True]]),
+            TypeError,
+            "selected must be a tensor, got list",
+        ),
+        (lambda: PROBLEM.visual.reinject(ONES, 3.7, 2), TypeError, "shift must be an int"),
+        (lambda: PROBLEM.visual.reinject(ONES, 1, True), TypeError, "start must be an int"),
+        (lambda: PROBLEM.visual.reinject(ONES, 2**33, 2), ValueError, "shift must fit into int32"),
+        (lambda: PROBLEM.visual.reinject(ONES, 1, -WIDE), ValueError, "start must fit into int32"),
+    ],
+)
+def test_visual_context_types(call, error, message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
         call()
 
 

@@ -11,19 +11,7 @@ from torch import Tensor
 from .._native import use_kernels
 from ..visual import VisualContext
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def is_traced(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through a torch.library op, which tracers see, not to a kernel.
-
-    So it is under `torch.compile` and `torch.export`, under a dispatch mode (FakeTensorMode,
-    make_fx, a profiler's) and for tensors of a subclass, which may have no memory.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return True
-    return any(type(tensor) not in _PLAIN for tensor in tensors)
 
 
 def check_tensor(

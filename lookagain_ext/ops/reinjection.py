@@ -7,13 +7,13 @@ from torch import Tensor
 
 from .. import reference
 from .._native import native, use_kernels
+from ..visual import is_traced
 from ._checks import (
     check_block_table,
     check_inv_freq,
     check_kernel_layout,
     check_rows,
     check_tensor,
-    is_traced,
 )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._native import use_kernels
-from ..visual import NEVER, VisualContext
+from ..visual import NEVER, VisualContext, is_traced
 from ._attention_library import backward, forward
 from ._checks import (
     check_added_to,
@@ -20,7 +20,6 @@ from ._checks import (
     check_scale,
     check_tensor,
     check_visual,
-    is_traced,
 )
 from .visual_mass import forward as visual_mass_forward
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from .._native import native, use_kernels
-from ..visual import VisualContext
+from ..visual import VisualContext, is_traced
 from ._checks import (
     check_attention,
     check_kernel_layout,
@@ -15,7 +15,6 @@ from ._checks import (
     check_scale,
     check_tensor,
     check_visual,
-    is_traced,
 )
 
 
