@@ -83,8 +83,9 @@ void routed_attention(py::object query, py::object key, py::object value, py::ob
   p.out =
       heads_view("out", checked_output("out", out, q.dtype, {batch, q.shape[1], q.shape[2], dim}));
   p.lse = lse_data(lse, q);
+  if (is_empty(k)) p.value.data = p.out.data;  // not read; null would ask for lse and mass alone
   int64_t num_visual = kAny;
-  std::vector<int32_t> from(static_cast<size_t>(batch), INT32_MIN);
+  std::vector<int32_t> from(static_cast<size_t>(batch), 0);
   if (!mass.is_none()) {
     if (spans.is_none()) throw py::value_error("mass needs spans, got None");
     TensorView view = checked_output("mass", mass, DType::kFloat32, {batch, k.shape[1], kAny});
@@ -103,6 +104,7 @@ void routed_attention(py::object query, py::object key, py::object value, py::ob
   p.visual = visual.params;
   check_blocks_read(table, limits, p.visual);
   if (visual.max_visual == 0) p.mass = nullptr;
+  if (is_empty(q)) return;
   const CpuKernels& kernels = cpu_kernels(q.dtype);
   py::gil_scoped_release release;
   (p.queries <= kDecodeQueries ? kernels.routed_attention_decode
@@ -169,6 +171,7 @@ void visual_mass(py::object query, py::object key, py::object lse, py::object ro
   const VisualArguments visual(spans, inv_freq, shift, start, selected, batch, keys, q.shape[3],
                                p.num_visual, limits.key_length);
   p.visual = visual.params;
+  if (is_empty(q) || is_empty(mass)) return;  // the caller hands over zeros
   const CpuKernels& kernels = cpu_kernels(q.dtype);
   py::gil_scoped_release release;
   kernels.visual_mass(p);

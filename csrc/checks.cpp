@@ -8,6 +8,13 @@ namespace lookagain {
 
 using std::to_string;
 
+bool is_empty(const TensorView& view) {
+  for (int i = 0; i < view.ndim; ++i) {
+    if (view.shape[i] == 0) return true;
+  }
+  return false;
+}
+
 TensorView checked_view(const char* name, py::handle tensor, DType dtype,
                         std::initializer_list<int64_t> shape, int device) {
   TensorView view = view_of(name, tensor, device);
@@ -33,6 +40,7 @@ TensorView checked_view(const char* name, py::handle tensor, DType dtype,
 TensorView checked_output(const char* name, py::handle tensor, DType dtype,
                           std::initializer_list<int64_t> shape, int device) {
   TensorView view = checked_view(name, tensor, dtype, shape, device);
+  if (is_empty(view)) return view;
   for (int i = 0; i < view.ndim; ++i) {
     if (view.stride[i] == 0 && view.shape[i] > 1) {
       throw py::value_error(std::string(name) + " is written to and must not be expanded, got " +
@@ -44,16 +52,14 @@ TensorView checked_output(const char* name, py::handle tensor, DType dtype,
 
 void check_last_axis(const char* name, const TensorView& view) {
   const int last = view.ndim - 1;
-  if (view.stride[last] != 1 && view.shape[last] > 1) {
+  if (view.stride[last] != 1 && view.shape[last] > 1 && !is_empty(view)) {
     throw py::value_error(std::string(name) + " must be contiguous in its last axis, got stride " +
                           to_string(view.stride[last]));
   }
 }
 
 void check_contiguous(const char* name, const TensorView& view) {
-  for (int i = 0; i < view.ndim; ++i) {
-    if (view.shape[i] == 0) return;  // without elements any stride will do
-  }
+  if (is_empty(view)) return;
   int64_t expected = 1;
   for (int i = view.ndim - 1; i >= 0; --i) {
     if (view.shape[i] > 1 && view.stride[i] != expected) {

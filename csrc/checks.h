@@ -13,6 +13,9 @@ namespace lookagain {
 // A size that is not checked.
 constexpr int64_t kAny = -1;
 
+// Whether there is no element.
+bool is_empty(const TensorView& view);
+
 // A tensor of the dtype and shape, on the CPU or the GPU of an index.
 TensorView checked_view(const char* name, pybind11::handle tensor, DType dtype,
                         std::initializer_list<int64_t> shape, int device = kCpu);
@@ -22,6 +25,7 @@ TensorView checked_view(const char* name, pybind11::handle tensor, DType dtype,
 TensorView checked_output(const char* name, pybind11::handle tensor, DType dtype,
                           std::initializer_list<int64_t> shape, int device = kCpu);
 
+// Layouts; a view without elements has any.
 void check_last_axis(const char* name, const TensorView& view);
 void check_contiguous(const char* name, const TensorView& view);
 HeadsView heads_view(const char* name, const TensorView& view);

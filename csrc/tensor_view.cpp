@@ -90,6 +90,12 @@ const DlExchangeApi* exchange_api(PyTypeObject* type) {
                         " like the others, got a tensor on " + got);
 }
 
+// A tensor of a tracer knows its shape and no more.
+[[noreturn]] void bad_values(const char* name, py::handle tensor) {
+  throw py::value_error(std::string(name) + " must hold values, got a " +
+                        Py_TYPE(tensor.ptr())->tp_name + " without memory");
+}
+
 void check_ndim(const char* name, int64_t ndim) {
   if (ndim > kMaxDims) {
     throw py::value_error(std::string(name) + " must have at most 8 axes, got " +
@@ -120,10 +126,13 @@ bool view_by_exchange(const char* name, py::handle tensor, int device, TensorVie
   view->dtype = row->dtype;
   view->ndim = dl.ndim;
   if (dl.ndim > 0 && dl.strides == nullptr) return false;
+  bool empty = false;
   for (int i = 0; i < dl.ndim; ++i) {
     view->shape[i] = dl.shape[i];
     view->stride[i] = dl.strides[i];
+    empty = empty || dl.shape[i] == 0;
   }
+  if (dl.data == nullptr && !empty) bad_values(name, tensor);
   return true;
 }
 

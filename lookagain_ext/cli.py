@@ -33,7 +33,10 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures 
 Ratio = Annotated[
     float, typer.Option(help="Share of the visual tokens that route shows again, 0 to 1.")
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
+MaxNewTokens = Annotated[
+    int, typer.Option(min=1, max=2**31 - 1, help="The longest answer, in tokens.")
+]
+_LARGEST_SEED = 2**32 - 1  # what every random generator takes
 
 
 def _version(wanted: bool) -> None:
@@ -66,7 +69,7 @@ def ask(
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", help="0 takes the likeliest token each time.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the sampling.")] = 0,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, …; default: a GPU for large models, if any.")
     ] = None,
@@ -81,7 +84,10 @@ def ask(
 @tells_errors
 def demo(
     seed: Annotated[
-        int | None, typer.Option(help="Of the scene and the question; none: a fresh one.")
+        int | None,
+        typer.Option(
+            min=0, max=_LARGEST_SEED, help="Of the scene and the question; none: a fresh one."
+        ),
     ] = None,
     ratio: Ratio = 0.5,
     model: Model = "lookagain-tiny",
@@ -97,7 +103,10 @@ def demo(
 @tells_errors
 def scene(
     path: Annotated[Path, typer.Argument(metavar="OUT.png", help="The picture to write.")],
-    seed: Annotated[int, typer.Option(help="The same seed draws the same scene.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=_LARGEST_SEED, help="The same seed draws the same scene."),
+    ] = 0,
     scale: Annotated[int, typer.Option(min=1, max=32, help="168 pixels a side, times this.")] = 3,
 ) -> None:
     """Draw a scene, and print questions about it with their answers."""

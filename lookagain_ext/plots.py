@@ -7,6 +7,7 @@ Ito); heat runs from white to rust with falling lightness. Nothing is told by co
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,10 +117,10 @@ def overlay(
             bar = figure.colorbar(scale, ax=axes[:, 1:], shrink=0.75 / rows, pad=0.02, aspect=28)
             bar.set_label("attention on one visual token, %")
             bar.outline.set_edgecolor(GREY)
-        figure.suptitle(_headline(title, len(maps)), x=0.01, ha="left", fontsize=12)
+        _set_headline(figure, title, len(maps))
         figure.supxlabel(_caption(drawn), x=0.01, ha="left", fontsize=9, color=GREY)
         if path is not None:
-            figure.savefig(path)
+            _save(figure, path)
     return figure
 
 
@@ -169,9 +170,9 @@ def curve(found: AttentionCurve, path: Path | None = None, title: str = "") -> F
                 fontsize=9,
             )
         figure.legend(frameon=False, loc="outside lower left", ncols=3, fontsize=9)
-        figure.suptitle(_headline(title, width=85), x=0.01, ha="left", fontsize=12)
+        _set_headline(figure, title, width=85)
         if path is not None:
-            figure.savefig(path)
+            _save(figure, path)
     return figure
 
 
@@ -221,10 +222,20 @@ def _what(line: int, found: ReflectionMap) -> str:
     return f"reflection {line + 1}, at token {found.step}\n{again}"
 
 
-def _headline(title: str, count: int = 0, width: int = 105) -> str:
+def _set_headline(figure: Figure, title: str, count: int = 0, width: int = 105) -> None:
+    """The title above a figure, cut after a few lines: a long one would leave the plot no room."""
+    lines = textwrap.wrap(title, width, max_lines=3, placeholder=" …")
     if count > MOST_ROWS:
-        title = f"{title}  (the first {MOST_ROWS} of {count} reflections)"
-    return textwrap.fill(title, width)
+        lines += [f"(the first {MOST_ROWS} of {count} reflections)"]
+    headline = "\n".join(lines)
+    figure.suptitle(headline, x=0.01, ha="left", fontsize=12, parse_math=False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write the figure; a character that the font lacks is drawn as a box, without a word."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(path)
 
 
 def _caption(drawn: Sequence[ReflectionMap]) -> str:

@@ -72,6 +72,14 @@ def routed_attention(
         counted = scores.position >= (0 if mass_from is None else mass_from[:, None])
         mass = _token_mass(probability.detach() * counted[:, None, :, None], scores)
         grouped = mass.sum(2).unflatten(1, (key.shape[1], -1)).sum(2)
+        width = visual_mass.shape[-1]
+        most = int(scores.valid.sum(-1).max()) if grouped.shape[-1] > width else 0
+        if most > width:
+            raise ValueError(
+                f"spans must hold at most {width} visual tokens (the last axis of the mass), got "
+                f"{most}"
+            )
+        grouped = grouped[..., :width]
         visual_mass[..., : grouped.shape[-1]] += grouped.to(visual_mass.dtype)
     return (out, lse.float()) if return_lse else out
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 NEVER = torch.iinfo(torch.int32).max
 """`start` of a re-injection that a row does not have."""
 
@@ -46,17 +48,23 @@ class VisualContext:
             inv_freq: floating [rotary_dim / 2].
 
         Raises:
-            ValueError: if a shape does not fit.
+            TypeError: if an argument is no tensor or has a dtype of another kind.
+            ValueError: if a shape does not fit, or spans hold what int32 does not.
         """
+        _check_tensor("spans", spans)
+        _check_tensor("inv_freq", inv_freq)
         if spans.dim() != 3 or spans.shape[-1] != 2:
             raise ValueError(f"spans must have shape [B, S, 2], got {list(spans.shape)}")
         if inv_freq.dim() != 1:
             raise ValueError(
                 f"inv_freq must have shape [rotary_dim / 2], got {list(inv_freq.shape)}"
             )
+        if not inv_freq.is_floating_point():
+            raise TypeError(f"inv_freq must be floating, got {inv_freq.dtype}")
+        spans = as_int32("spans", spans)
         empty = torch.empty(spans.shape[0], 0, dtype=torch.int32, device=spans.device)
         inv_freq = inv_freq.to(device=spans.device, dtype=torch.float32)
-        return cls(spans.to(torch.int32), inv_freq, empty, empty.clone())
+        return cls(spans, inv_freq, empty, empty.clone())
 
     def reinject(
         self,
@@ -77,8 +85,12 @@ class VisualContext:
             A new context with R + 1 columns; `self` is unchanged.
 
         Raises:
-            ValueError: if a shape or dtype does not fit.
+            TypeError: if an argument is no tensor (or number) or has a dtype of another kind.
+            ValueError: if a shape does not fit, or a number does not fit into int32.
         """
+        _check_tensor("rows", rows)
+        if selected is not None:
+            _check_tensor("selected", selected)
         batch, device = self.spans.shape[0], self.spans.device
         if rows.dtype != torch.bool or rows.shape != (batch,):
             raise ValueError(f"rows must be bool [{batch}], got {rows.dtype} {list(rows.shape)}")
@@ -158,11 +170,55 @@ class VisualContext:
 
 
 def _column(value: Tensor | int, name: str, batch: int, device: torch.device) -> Tensor:
+    wanted = f"{name} must be an int or an integer tensor [{batch}]"
     if not isinstance(value, Tensor):
-        return torch.full((batch,), value, dtype=torch.int32, device=device)
-    if value.shape != (batch,) or value.is_floating_point() or value.dtype == torch.bool:
-        raise ValueError(
-            f"{name} must be an int or an integer tensor [{batch}], "
-            f"got {value.dtype} {list(value.shape)}"
-        )
-    return value.to(device=device, dtype=torch.int32)
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{wanted}, got {value!r}")
+        if not -NEVER - 1 <= value <= NEVER:
+            raise ValueError(f"{name} must fit into int32, got {value}")
+        return torch.full((batch,), int(value), dtype=torch.int32, device=device)
+    if value.shape != (batch,) or not is_integer(value):
+        raise ValueError(f"{wanted}, got {value.dtype} {list(value.shape)}")
+    return as_int32(name, value).to(device)
+
+
+def is_integer(tensor: Tensor) -> bool:
+    """Whether a tensor's dtype is an integer's; bool is not."""
+    kind = tensor.dtype
+    return not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+
+
+def as_int32(name: str, tensor: Tensor) -> Tensor:
+    """An integer tensor as int32.
+
+    Values are looked at only where that waits for no device and is no part of a traced graph.
+
+    Raises:
+        TypeError: if the dtype is not an integer's.
+        ValueError: if a value does not fit.
+    """
+    if not is_integer(tensor):
+        raise TypeError(f"{name} must be an integer tensor, got {tensor.dtype}")
+    wide = torch.iinfo(tensor.dtype).max > NEVER
+    if wide and tensor.device.type == "cpu" and tensor.numel() and not is_traced(tensor):
+        low, high = (int(bound) for bound in tensor.long().aminmax())
+        if low < -NEVER - 1 or high > NEVER:
+            got = low if low < -NEVER - 1 else high
+            raise ValueError(f"{name} must fit into int32, got {got}")
+    return tensor.to(torch.int32)
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether the values of tensors are not to be read here: a kernel would bypass a tracer.
+
+    So it is under `torch.compile` and `torch.export`, under a dispatch mode (FakeTensorMode,
+    make_fx, a profiler's) and for tensors of a subclass, which may have no memory.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return any(type(tensor) not in _PLAIN for tensor in tensors)
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from cases import Case
 
-from lookagain_ext import NEVER, VisualContext, ops
+from lookagain_ext import NEVER, VisualContext, ops, reference
 
 PROBLEM = Case(keys=20, again=1, select=True, ragged=False, poison=False).make()
 ONES = torch.ones(2, dtype=torch.bool)
@@ -57,6 +59,14 @@ ATTENTION = {
         "query must be contiguous in its last axis",
     ),
     "scale is nan": ({"scale": float("nan")}, ValueError, "scale must be a finite number"),
+    "scale is inf": ({"scale": np.float32("inf")}, ValueError, "scale must be a finite number"),
+    "scale is bool": ({"scale": True}, TypeError, "scale must be a finite number, got bool"),
+    "scale is text": ({"scale": "1"}, TypeError, "scale must be a finite number, got str"),
+    "scale is a tensor": (
+        {"scale": torch.tensor(0.1)},
+        TypeError,
+        "scale must be a finite number, got Tensor",
+    ),
     "key_start is int64": ({"key_start": torch.zeros(2).long()}, TypeError, "key_start must be"),
     "key_length too short": ({"key_length": ints(20)}, ValueError, "key_length must have shape"),
     "key_length past the cache": ({"key_length": ints(20, 21)}, ValueError, "key_length"),
@@ -106,7 +116,17 @@ ATTENTION = {
         ValueError,
         "visual_mass needs visual",
     ),
-    "mass too narrow": ({"visual_mass": torch.zeros(2, 2, 1)}, ValueError, "mass"),
+    "mass too narrow": ({"visual_mass": torch.zeros(2, 2, 1)}, ValueError, "at most 1 visual"),
+    "mass expanded": (
+        {"visual_mass": torch.zeros(2, 1, 40).expand(2, 2, 40)},
+        ValueError,
+        "visual_mass is written to and must not be expanded, got stride 0 on axis 1",
+    ),
+    "mass last axis strided": (
+        {"visual_mass": torch.zeros(2, 2, 80)[..., ::2]},
+        ValueError,
+        "visual_mass must be contiguous in its last axis",
+    ),
     "mass of wrong heads": ({"visual_mass": torch.zeros(2, 4, 40)}, ValueError, "visual_mass"),
     "mass of wrong dtype": (
         {"visual_mass": torch.zeros(2, 2, 40).half()},
@@ -121,9 +141,10 @@ ATTENTION = {
 }
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("queries", [1, 20])
 @pytest.mark.parametrize("name", ATTENTION)
-def test_routed_attention(name: str, queries: int) -> None:
+def test_routed_attention(name: str, queries: int, grad: bool) -> None:
     changes, error, message = ATTENTION[name]
     problem = Case(
         queries=queries, keys=20, again=1, select=True, ragged=False, poison=False
@@ -131,8 +152,30 @@ def test_routed_attention(name: str, queries: int) -> None:
     arguments = problem._asdict() | changes
     for field in ("max_visual", "mass_from"):
         arguments.pop(field, None) if field not in changes else None
+    if grad and isinstance(arguments["value"], torch.Tensor):
+        arguments["value"] = arguments["value"].clone().requires_grad_()
+    before = str(arguments.get("visual_mass"))
     with pytest.raises(error, match=re.escape(message)):
         ops.routed_attention(**arguments)
+    assert str(arguments.get("visual_mass")) == before
+
+
+def test_a_mass_too_narrow_for_the_specification() -> None:
+    mass = torch.zeros(2, 2, 1)
+    with pytest.raises(ValueError, match="at most 1 visual tokens"):
+        reference.routed_attention(*PROBLEM[:4], visual_mass=mass)
+
+
+@pytest.mark.parametrize("scale", [1, np.float32(0.5), np.int64(2), Fraction(1, 3)])
+def test_any_real_number_is_a_scale(scale) -> None:
+    out, lse = ops.routed_attention(*PROBLEM[:4], scale=scale, return_lse=True)
+    assert torch.equal(out, ops.routed_attention(*PROBLEM[:4], scale=float(scale)))
+    rows = ints([[0, 20]], [[0, 20]])
+    one, other = (
+        ops.visual_mass(PROBLEM.query, PROBLEM.key, PROBLEM.visual, rows, scale=x)
+        for x in (scale, float(scale))
+    )
+    assert torch.equal(one, other)
 
 
 MASS = {
@@ -144,6 +187,8 @@ MASS = {
     ),
     "lse of another shape": ({"lse": torch.zeros(2, 4, 2)}, ValueError, "lse must have shape"),
     "lse in half": ({"lse": torch.zeros(2, 4, 1).half()}, TypeError, "lse must be torch.float32"),
+    "scale is bool": ({"scale": True}, TypeError, "scale must be a finite number, got bool"),
+    "scale is a tensor": ({"scale": torch.ones(())}, TypeError, "scale must be a finite number"),
     "no context": ({"visual": None}, TypeError, "visual must be a VisualContext"),
     "span past the keys": (
         with_visual(spans=ints([[0, 1], [2, 3]], [[0, 1], [15, 6]])),
@@ -180,6 +225,11 @@ SELECT = {
     "count of another batch": ({"num_visual": ints(3)}, ValueError, "num_visual must have shape"),
     "count past the tokens": ({"num_visual": ints(3, 4)}, ValueError, "num_visual"),
     "count negative": ({"num_visual": ints(3, -1)}, ValueError, "num_visual"),
+    "count past int32": (
+        {"num_visual": torch.tensor([3, 2**33])},
+        ValueError,
+        "num_visual must fit into int32, got 8589934592",
+    ),
     "count is float": ({"num_visual": torch.ones(2)}, TypeError, "num_visual must be torch.int32"),
 }
 
@@ -249,6 +299,59 @@ def test_append_visual(name: str) -> None:
 )
 def test_visual_context(call, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+FREQUENCIES = torch.ones(4)
+WIDE = torch.tensor([1, 2**33])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: VisualContext.from_spans([[1, 2]], FREQUENCIES),
+            TypeError,
+            "spans must be a tensor, got list",
+        ),
+        (
+            lambda: VisualContext.from_spans(ints([[0, 1]]), [1.0]),
+            TypeError,
+            "inv_freq must be a tensor, got list",
+        ),
+        (
+            lambda: VisualContext.from_spans(torch.ones(2, 1, 2), FREQUENCIES),
+            TypeError,
+            "spans must be an integer tensor, got torch.float32",
+        ),
+        (
+            lambda: VisualContext.from_spans(ints([[0, 1]]), FREQUENCIES.int()),
+            TypeError,
+            "inv_freq must be floating, got torch.int32",
+        ),
+        (
+            lambda: VisualContext.from_spans(WIDE.view(1, 1, 2), FREQUENCIES),
+            ValueError,
+            "spans must fit into int32, got 8589934592",
+        ),
+        (
+            lambda: PROBLEM.visual.reinject([True, False], 1, 2),
+            TypeError,
+            "rows must be a tensor, got list",
+        ),
+        (
+            lambda: PROBLEM.visual.reinject(ONES, 1, 2, [[True]]),
+            TypeError,
+            "selected must be a tensor, got list",
+        ),
+        (lambda: PROBLEM.visual.reinject(ONES, 3.7, 2), TypeError, "shift must be an int"),
+        (lambda: PROBLEM.visual.reinject(ONES, 1, True), TypeError, "start must be an int"),
+        (lambda: PROBLEM.visual.reinject(ONES, 2**33, 2), ValueError, "shift must fit into int32"),
+        (lambda: PROBLEM.visual.reinject(ONES, 1, -WIDE), ValueError, "start must fit into int32"),
+    ],
+)
+def test_visual_context_types(call, error, message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
         call()
 
 

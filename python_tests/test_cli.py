@@ -1,14 +1,18 @@
 """The command as a person meets it: what it prints, what it writes, how it says no."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+from importlib.resources import files
 
 import pytest
 import torch
 from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 import lookagain_ext
@@ -195,6 +199,17 @@ def test_a_folder_for_a_picture(tmp_path):
     assert "is a folder" in refused("ask", tmp_path, "Why?")
 
 
+def test_a_pipe_for_a_picture(tmp_path):
+    """It is refused before it is opened: that would wait for a writer."""
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "pipe.png is no file" in refused("ask", tmp_path / "pipe.png", "Why?")
+
+
+def test_a_question_for_a_picture():
+    said = refused("ask", "How many red shapes are there? " * 20, "picture.png")
+    assert "may not be read (File name too long)" in said
+
+
 def test_a_text_file_for_a_picture(tmp_path):
     (tmp_path / "notes.png").write_text("no pixels here")
     said = refused("ask", tmp_path / "notes.png", "Why?")
@@ -224,6 +239,21 @@ def test_misspelt_strategy(picture):
 
 def test_empty_question(picture):
     assert "the question is empty" in refused("ask", picture, "  ")
+
+
+def test_a_question_that_is_no_text(picture, tmp_path):
+    said = refused("ask", picture, os.fsdecode(b"Why \xff?"), "--out", tmp_path / "out")
+    assert "the question is not UTF-8 text, from character 5 on" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999999", "-1"])
+@pytest.mark.parametrize("command", [("ask", "a.png", "Why?"), ("demo",), ("scene", "a.png")])
+def test_a_seed_that_no_generator_takes(tmp_path, monkeypatch, command, seed):
+    monkeypatch.chdir(tmp_path)
+    result = lookagain(*command, "--seed", seed)
+    assert result.exit_code == 2
+    assert "Invalid value for '--seed'" in result.stderr
 
 
 def test_negative_temperature(picture):
@@ -259,6 +289,24 @@ def test_no_such_model(picture, tmp_path):
     assert f"{tmp_path}/none" in said and "--model takes lookagain-tiny, a folder" in said
 
 
+@pytest.mark.parametrize("device", ["meta", "nonsense", "cuda:99", "mps:7", "hpu"])
+def test_a_device_that_is_not_there(picture, tmp_path, device):
+    said = refused("ask", picture, "Why?", "--out", tmp_path / "out", "--device", device)
+    assert said.startswith("error: --device") and device in said
+    assert "cpu is always there" in said
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_damaged_model(picture, tmp_path, monkeypatch, damaged):
+    monkeypatch.setattr(logging, "_tqdm_active", False)  # no bar beside the one line
+    folder = tmp_path / "model"
+    shutil.copytree(files("lookagain_ext") / "weights" / "lookagain-tiny", folder)
+    whole = (folder / damaged).read_bytes()
+    (folder / damaged).write_bytes(whole[: len(whole) // 2])
+    said = refused("ask", picture, "Why?", "--out", tmp_path / "out", "--model", folder)
+    assert str(folder) in said and "--model takes" in said
+
+
 def test_a_text_model(picture, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     said = refused("ask", picture, "Why?", "-m", tmp_path)
@@ -268,6 +316,27 @@ def test_a_text_model(picture, tmp_path):
 def test_no_such_training_configuration(tmp_path):
     said = refused("train", "sft", "--config", tmp_path / "none.yaml")
     assert "no configuration" in said and "tiny.yaml" in said
+
+
+def test_names_in_brackets_are_no_markup(reciting, no_plots, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in ("x[/y]", "x[red]"):
+        result = lookagain("ask", picture, "Why?", "--out", out, "--model", "[/m]")
+        assert result.exit_code == 0, result.output
+        assert f"{out}/overlay.png  where it looked\n" in result.stdout
+    result = lookagain("scene", "b[/z].png")
+    assert result.exit_code == 0, result.output
+    assert "b[/z].png  " in result.stdout
+
+
+def test_names_that_are_no_text(reciting, no_plots, picture, tmp_path):
+    name = os.fsdecode(b"\xff")
+    picture = picture.rename(picture.with_name(f"{name}.png"))
+    result = lookagain("ask", picture, "Why?", "--out", tmp_path / name)
+    assert result.exit_code == 0, result.output
+    assert r"\udcff/overlay.png" in result.stdout
+    trace = json.loads((tmp_path / name / "trace.json").read_text())
+    assert trace["image"] == str(picture)
 
 
 def test_a_scene_in_no_format(tmp_path):

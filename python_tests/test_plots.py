@@ -78,6 +78,19 @@ def test_overlay_draws_the_first_few_reflections_and_says_so():
     assert "the first 4 of 7 reflections" in figure.get_suptitle()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("title", ["why not? " * 3000, "y" * 9000, r"$\frac$", "看图"])
+def test_any_title_leaves_room_for_the_plot(tmp_path, title):
+    heat = np.full(6, 0.02)
+    maps = [a_map(heat, heat, step=step) for step in range(7)]
+    figure = plots.overlay(Image.new("RGB", (90, 60)), maps, [GRID], tmp_path / "a.png", title)
+    assert figure.get_suptitle().endswith("the first 4 of 7 reflections)")
+    one = np.array([0.2], np.float32)
+    figure = plots.curve(AttentionCurve(one, one, (), ()), tmp_path / "b.png", title)
+    assert figure.get_suptitle()[:9] == title[:9]
+    assert figure.get_suptitle().count("\n") < 3
+
+
 def test_overlay_says_when_nothing_came_before():
     figure = plots.overlay(Image.new("RGB", (90, 60)), [a_map(None, np.full(6, 0.1))], [GRID])
     assert titles(figure)[1] == "before\nnothing recorded"

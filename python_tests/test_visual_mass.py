@@ -79,3 +79,23 @@ def test_specification_agrees() -> None:
     exact = reference.visual_mass(*arguments, **problem.kwargs())
     found = ops.visual_mass(*arguments, **problem.kwargs())
     torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [9, 30])
+def test_queries_before_the_first_key_are_not_counted(queries: int) -> None:
+    """Where L_q > key_length they may see a re-injection that began before key 0."""
+    problem = Case(queries=queries, keys=6, again=1, ragged=False, poison=False).make()
+    fields = (problem.visual.spans, problem.visual.inv_freq, problem.visual.shift)
+    visual = type(problem.visual)(*fields, torch.full((2, 1), -40, dtype=torch.int32))
+    masses = []
+    for call, grad in (
+        (ops.routed_attention, False),
+        (ops.routed_attention, True),
+        (reference.routed_attention, False),
+    ):
+        masses.append(torch.zeros(2, 2, problem.max_visual))
+        query = problem.query.clone().requires_grad_(grad)
+        call(query, *problem[1:3], visual, visual_mass=masses[-1])
+    assert masses[0].sum() > 0
+    for other in masses[1:]:
+        torch.testing.assert_close(masses[0], other)

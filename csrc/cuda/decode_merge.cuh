@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) routed_attention_combine(const Decod
   const int64_t head = index / blocks;
   const int64_t batch_row = head / p.key_heads, key_head = head % p.key_heads;
   const RowKeys keys = row_keys(p, batch_row);
-  const int64_t from = p.mass_from == nullptr ? INT64_MIN : p.mass_from[batch_row];
+  const int64_t from = p.mass_from == nullptr ? 0 : p.mass_from[batch_row];
   float* lse = reinterpret_cast<float*>(dynamic_shared());  // [rows], in units of log 2
   for (int row = thread; row < a.rows; row += kThreads) {
     const float2 state = merged_state(a, head, row);

@@ -73,7 +73,7 @@ def run(
         out.parent.mkdir(parents=True, exist_ok=True)
         result = {"machine": where, "quick": quick, "rows": [row.as_dict() for row in rows]}
         out.write_text(json.dumps(result, indent=1) + "\n")
-        console.print(f"Results: {out}")
+        console.print(f"Results: {out}", markup=False, soft_wrap=True)
     return rows
 
 

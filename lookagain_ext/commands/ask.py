@@ -11,6 +11,7 @@ from rich.console import Console
 
 from . import inputs
 from .errors import UserError
+from .printing import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ def run(
     quiet_transformers()
 
     console = Console(highlight=False)
-    with Console(stderr=True).status(f"loading {model_name}"):
+    with Console(stderr=True).status(plain(f"loading {model_name}")):
         from ..generation import LookAgainConfig
         from ..synthetic.processor import to_rgb
         from .asking import answer, seen, write_results
@@ -121,6 +122,8 @@ def print_files(console: Console, files: list[Path]) -> None:
         "trace.json": "all figures",
         "scene.png": "the picture",
     }
-    width = max(len(str(file)) for file in files)
-    for file in files:
-        console.print(f"{str(file):<{width}}  [dim]{about.get(file.name, '')}", soft_wrap=True)
+    paths = [plain(file) for file in files]
+    width = max(len(path) for path in paths)
+    for file, path in zip(files, paths, strict=True):
+        path.append(" " * (width - len(path) + 2)).append(about.get(file.name, ""), "dim")
+        console.print(path, soft_wrap=True)

@@ -207,7 +207,8 @@ def write_results(
     points = analysis.attention_curve(found.trace, found.prompt_length, closings=found.closings)
     plots.curve(points, curve, question)
     text = json.dumps(record(found, question, **about), indent=1, ensure_ascii=False)
-    trace.write_text(text + "\n", encoding="utf-8")
+    # A file's name may hold bytes that are no characters: they become \udcXX, as JSON writes them.
+    trace.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     return [overlay, curve, trace]
 
 

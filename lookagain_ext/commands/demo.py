@@ -12,6 +12,7 @@ from rich.text import Text
 
 from . import inputs
 from .ask import choose_strategy, print_files, quiet_transformers
+from .printing import plain
 
 _SAYS = {
     "copy": "all visual tokens again",
@@ -31,7 +32,7 @@ def run(seed: int | None, ratio: float, model_name: str, out: Path) -> None:
     quiet_transformers()
     console = Console(highlight=False)
     seed = random.randrange(100_000) if seed is None else seed
-    with Console(stderr=True).status(f"loading {model_name}") as status:
+    with Console(stderr=True).status(plain(f"loading {model_name}")) as status:
         from ..generation import LookAgainConfig
         from ..synthetic.grade import is_right
         from ..synthetic.questions import ask

@@ -7,6 +7,7 @@ from rich.console import Console
 from . import inputs
 from .ask import quiet_transformers
 from .errors import UserError
+from .printing import plain
 
 
 def run(model_name: str) -> None:
@@ -17,7 +18,7 @@ def run(model_name: str) -> None:
     """
     quiet_transformers()
     console = Console(highlight=False)
-    with Console(stderr=True).status(f"loading {model_name}") as status:
+    with Console(stderr=True).status(plain(f"loading {model_name}")) as status:
         from .. import doctor
         from ..synthetic.questions import ask
         from ..synthetic.scenes import Scene
@@ -27,7 +28,7 @@ def run(model_name: str) -> None:
         if inputs.reflection_token(processor.tokenizer) is None:
             hint = "lookagain_ext.add_reflection_tokens(model, tokenizer) adds it."
             raise UserError(f"{model_name} has no <REFLECTION> token to examine", hint)
-        status.update(f"examining {model_name}")
+        status.update(plain(f"examining {model_name}"))
         board = Scene.random(0)
         prompt = encode(processor, board.render(2), ask(board, 0).text)
         report = doctor(model, prompt.to(model.device), processor.tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.processing_utils import ProcessorMixin
 
@@ -27,10 +29,17 @@ def read_picture(path: Path) -> Image.Image:
     Raises:
         UserError: there is no such file, or it holds no picture that can be read.
     """
-    if not path.exists():
-        raise UserError(f"there is no file {path}", f"The command runs in {Path.cwd()}.")
-    if path.is_dir():
+    try:
+        kind = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        hint = f"The command runs in {Path.cwd()}."
+        raise UserError(f"there is no file {path}", hint) from None
+    except OSError as error:  # a name too long, a folder above it that may not be entered
+        raise UserError(f"{path} may not be read ({error.strerror})") from None
+    if stat.S_ISDIR(kind):
         raise UserError(f"{path} is a folder", "Give one picture in it.")
+    if not stat.S_ISREG(kind):  # reading from a pipe or a device may never end
+        raise UserError(f"{path} is no file", "Write the picture to a file first.")
     try:
         with Image.open(path) as opened:
             opened.load()
@@ -45,9 +54,14 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def check_question(question: str) -> str:
-    """The question, stripped; an empty one is refused."""
+    """The question, stripped; an empty one or one that is no text is refused."""
     if not question.strip():
         raise UserError("the question is empty", _QUESTION_HINT)
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:  # Python's stand-ins for bytes that are no characters
+        wrong = f"the question is not UTF-8 text, from character {error.start + 1} on"
+        raise UserError(wrong, "Check the encoding of the terminal or of the script.") from None
     return question.strip()
 
 
@@ -119,16 +133,37 @@ def load_model(name: str, device: str | None = None) -> tuple[PreTrainedModel, P
 
     if device is None and name != TINY and torch.cuda.is_available():
         device = "cuda"
+    where = None if device is None else check_device(device)
     try:
-        return load(name, device=None if device is None else torch.device(device))
-    except (OSError, ValueError, ImportError) as error:
+        return load(name, device=where)
+    except RuntimeError as error:  # no room on the device, weights of other sizes
+        raise UserError(f"cannot load {name}: {_first_sentence(error)}") from error
+    except Exception as error:  # the readers of damaged files raise errors of many types
         reason = _first_sentence(error)
         if name not in reason:
             reason = f"cannot load {name}: {reason}"
         hint = f"--model takes {TINY}, a folder with a Qwen-VL model, or its name on the hub."
         raise UserError(reason, hint) from error
-    except RuntimeError as error:  # torch says so of a device it does not know or has no room on
-        raise UserError(f"cannot load {name}: {_first_sentence(error)}") from error
+
+
+def check_device(name: str) -> torch.device:
+    """A device that tensors can be put on.
+
+    Raises:
+        UserError: torch does not know it, cannot use it here, or it holds no values.
+    """
+    import torch
+
+    hint = "cpu is always there; without --device a GPU is taken for large models, if there is one."
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # each back end has its own: AssertionError, ImportError, ...
+        reason = _first_sentence(error)
+        raise UserError(f"--device {name!r} cannot be used here ({reason})", hint) from None
+    if device.type == "meta":
+        raise UserError("--device meta holds no values to compute with", hint)
+    return device
 
 
 def reflection_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -22,6 +22,11 @@ _TAG = re.compile("(" + "|".join(re.escape(tag) for tag in TAGS) + ")")
 _STYLES = {"REFLECTION": "bright_cyan", "CONCLUSION": "bold"}
 
 
+def plain(text: object) -> Text:
+    """Text for the terminal that a person named: no markup, and no byte that is no character."""
+    return Text(str(text).encode(errors="backslashreplace").decode())
+
+
 def sighting(reflection: Reflection) -> str:
     """For example "looked again: 18 of 36 visual tokens"."""
     if reflection.ignored:

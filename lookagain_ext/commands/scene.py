@@ -9,6 +9,7 @@ from rich.table import Table
 
 from . import inputs
 from .errors import UserError
+from .printing import plain
 
 
 def run(path: Path, seed: int, scale: int) -> None:
@@ -35,4 +36,5 @@ def run(path: Path, seed: int, scale: int) -> None:
         table.add_row(question.type, question.text, question.answer)
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"{path}  [dim]{len(board.shapes)} shapes, seed {seed}", soft_wrap=True)
+    about = f"  {len(board.shapes)} shapes, seed {seed}"
+    console.print(plain(path).append(about, "dim"), soft_wrap=True)

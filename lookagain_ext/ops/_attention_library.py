@@ -89,6 +89,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, the first three of `tensors`."""
     query, key, value, *rest = tensors
+    if query.numel() == 0 or key.numel() == 0:  # no query sees a key
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     if _cuda.on_gpu(query):
         return _cuda.routed_attention_backward(grad_out, tensors, scale)
     if grad_out.stride(-1) != 1:

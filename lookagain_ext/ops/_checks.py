@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
 
+from .._native import use_kernels
 from ..visual import VisualContext
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,6 +71,19 @@ def check_kernel_layout(**tensors: Tensor) -> None:
             )
 
 
+def check_added_to(name: str, tensor: Tensor) -> None:
+    """Raise unless the elements of `tensor` lie apart, so that each can be added to."""
+    for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1 and tensor.numel():
+            raise ValueError(
+                f"{name} is written to and must not be expanded, got stride 0 on axis {axis}"
+            )
+    if use_kernels(tensor.device.type) and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last axis, got strides {list(tensor.stride())}"
+        )
+
+
 def check_rows(name: str, tensor: Tensor | None, like: Tensor, dtype: torch.dtype) -> None:
     """Raise unless `tensor` is None or holds one value of `dtype` for each row of `like`."""
     if tensor is not None:
@@ -115,6 +130,8 @@ def check_scale(scale: float | None, size: int) -> float:
     """The softmax scale, 1 / sqrt(head size) by default."""
     if scale is None:
         return size**-0.5
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale must be a finite number, got {type(scale).__name__}")
+    if not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     return float(scale)

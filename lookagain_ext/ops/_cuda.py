@@ -87,6 +87,32 @@ def routed_attention_backward(
     return torch.autograd.grad(out, leaves, grad_out)
 
 
+def visual_mass(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    mass: Tensor,
+    lse: Tensor | None,
+    key_start: Tensor | None,
+    key_length: Tensor | None,
+    visual: tuple[Tensor | None, ...],
+    scale: float,
+) -> None:
+    """Writes `mass` [B, T, H_kv, width], by the reference."""
+    found = reference.visual_mass(
+        query,
+        key,
+        VisualContext(*visual),
+        rows,
+        scale=scale,
+        key_start=key_start,
+        key_length=key_length,
+        lse=lse,
+    )
+    width = min(found.shape[-1], mass.shape[-1])
+    mass[..., :width] = found[..., :width]
+
+
 def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor, out: Tensor) -> None:
     """Writes the choice of each row to `out`."""
     native().cuda_select_visual_tokens(mass, ratio, _packed(num_visual), out, _stream(mass))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from .._native import native, use_kernels
+from ..visual import is_traced
 from . import _cuda
 from ._checks import (
     check_block_table,
@@ -100,19 +101,10 @@ def append_visual_(
         )
         return
     check_kernel_layout(key_cache=key_cache, value_cache=value_cache)
-    call = torch.ops.lookagain.append_visual_ if torch.compiler.is_compiling() else _forward
-    call(
-        key_cache,
-        value_cache,
-        key_length,
-        spans,
-        shift,
-        inv_freq,
-        selected,
-        rows,
-        block_table,
-        check_room,
-    )
+    tensors = (key_cache, value_cache, key_length, spans, shift, inv_freq, selected, rows)
+    traced = is_traced(*tensors, block_table)
+    call = torch.ops.lookagain.append_visual_ if traced else _forward
+    call(*tensors, block_table, check_room)
 
 
 def _forward(

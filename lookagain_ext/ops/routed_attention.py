@@ -9,10 +9,11 @@ from torch import Tensor
 
 from .. import reference
 from .._native import use_kernels
-from ..visual import VisualContext
+from ..visual import NEVER, VisualContext, is_traced
 from . import _cuda
 from ._attention_library import backward, forward
 from ._checks import (
+    check_added_to,
     check_attention,
     check_block_table,
     check_kernel_layout,
@@ -21,6 +22,10 @@ from ._checks import (
     check_tensor,
     check_visual,
 )
+from .visual_mass import forward as visual_mass_forward
+
+# `is_traced` would cost a small call too much: its parts stand in `routed_attention`.
+is_compiling, len_dispatch_stack = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 
 
 def routed_attention(
@@ -62,7 +67,8 @@ def routed_attention(
             each visual token, all its sightings together, summed over the G query heads of the
             group and over the counted queries (Eq. 5 of Qwen Look Again, arXiv 2505.23558, before
             the mean over tokens, heads and layers).
-        mass_from: int32 [B], first key index whose query is counted; default: all.
+        mass_from: int32 [B], first key index whose query is counted; default 0. (Queries before
+            key 0 exist where L_q > key_length; they can only see re-injections.)
         block_table: int32 [B, blocks], of a paged cache: key and value are then
             [num_blocks, H_kv, block_size, D] (a cache that lies [num_blocks, block_size, H_kv, D]
             is passed as `.transpose(1, 2)`), slot j of row b is slot j % block_size of block
@@ -87,10 +93,14 @@ def routed_attention(
     """
     arguments = (query, key, value, key_start, key_length, visual, visual_mass, mass_from)
     arguments = (*arguments, block_table, scale)
-    compiling = torch.compiler.is_compiling()
-    if compiling or not isinstance(query, Tensor) or not _has_kernels(query):
+    if (
+        is_compiling()
+        or len_dispatch_stack()
+        or not (type(query) is type(key) is type(value) is Tensor)
+        or not _has_kernels(query)
+    ):
         _check(*arguments)
-        if not compiling:
+        if not is_compiling() and not _has_kernels(query):
             return reference.routed_attention(
                 query,
                 key,
@@ -104,7 +114,7 @@ def routed_attention(
                 block_table=block_table,
                 return_lse=return_lse,
             )
-        out, lse = _compiled(*arguments)
+        out, lse = _traced(*arguments)
     else:
         try:
             out, lse = _eager(*arguments, return_lse)
@@ -156,6 +166,7 @@ def _check(
             raise ValueError("visual_mass needs visual, which tells where the visual tokens are")
         shape = (query.shape[0], key.shape[1], None)
         check_tensor("visual_mass", visual_mass, shape, torch.float32, query)
+        check_added_to("visual_mass", visual_mass)
     elif mass_from is not None:
         raise ValueError("mass_from needs visual_mass, the buffer the mass is added to")
     if _has_kernels(query):
@@ -187,7 +198,8 @@ def _eager(
     scale: float | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if type(scale) is not float:
+        scale = check_scale(scale, query.shape[-1])
     tensors = (query, key, value, key_start, key_length, *_fields(visual))
     if visual_mass is None and mass_from is not None:
         raise ValueError("mass_from needs visual_mass")
@@ -195,13 +207,15 @@ def _eager(
         return forward(*tensors, visual_mass, mass_from, block_table, scale, return_lse)
     if block_table is not None:
         raise ValueError("block_table has no gradient")
+    if visual_mass is not None:  # no kernel will check it
+        _check(*tensors[:5], visual, visual_mass, mass_from, block_table, scale)
     out, lse = _RoutedAttention.apply(*tensors, scale)
     if visual_mass is not None:
         _add_mass(visual_mass, mass_from, lse, *tensors, scale)
     return out, lse
 
 
-def _compiled(
+def _traced(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -213,7 +227,8 @@ def _compiled(
     block_table: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if type(scale) is not float:
+        scale = check_scale(scale, query.shape[-1])
     tensors = (query, key, value, key_start, key_length, *_fields(visual))
     if visual_mass is not None and not _wants_grad(query, key, value):
         call = torch.ops.lookagain.routed_attention_mass_
@@ -241,25 +256,13 @@ def _add_mass(
     scale: float,
 ) -> None:
     """The visual mass of a forward whose log-sum-exp is known."""
-    from .visual_mass import visual_mass
-
-    rows = torch.empty(query.shape[0], 1, 2, dtype=torch.int32, device=query.device)
-    rows[..., 0] = 0 if mass_from is None else mass_from[:, None]
-    rows[..., 1] = torch.iinfo(torch.int32).max
-    context = VisualContext(spans, inv_freq, shift, start, selected)
+    fields, limits = (spans, inv_freq, shift, start, selected), (key_start, key_length)
+    first = query.new_zeros(query.shape[0], dtype=torch.int32) if mass_from is None else mass_from
+    rows = torch.stack([first, torch.full_like(first, NEVER)], -1)[:, None]
+    call = torch.ops.lookagain.visual_mass if is_traced(query, key, lse) else visual_mass_forward
+    tensors = (query.detach(), key.detach(), rows, mass.shape[-1], lse.detach(), *limits, *fields)
     with torch.no_grad():
-        found = visual_mass(
-            query.detach(),
-            key.detach(),
-            context,
-            rows,
-            scale=scale,
-            key_start=key_start,
-            key_length=key_length,
-            lse=lse.detach(),
-        )[:, 0]
-        width = min(found.shape[-1], mass.shape[-1])
-        mass[..., :width] += found[..., :width]
+        mass += call(*tensors, scale)[:, 0]
 
 
 class _RoutedAttention(torch.autograd.Function):
@@ -276,4 +279,7 @@ class _RoutedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         *tensors, out, lse = ctx.saved_tensors
+        if is_traced(grad_out):
+            call = torch.ops.lookagain.routed_attention_backward
+            return (*call(grad_out, out, lse, *tensors, ctx.scale), *[None] * 8)
         return (*backward(grad_out, out, lse, tuple(tensors), ctx.scale), *[None] * 8)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .._native import native, use_kernels
+from ..visual import as_int32, is_integer, is_traced
 from . import _cuda
 from ._checks import check_tensor
 
@@ -43,14 +44,16 @@ def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor) -> Tens
     if not (math.isfinite(ratio) and 0 <= ratio <= 1):
         raise ValueError(f"ratio must be a number in [0, 1], got {ratio}")
     check_tensor("num_visual", num_visual, (mass.shape[0],), None, mass)
-    if num_visual.is_floating_point() or num_visual.dtype == torch.bool:
+    if not is_integer(num_visual):
         raise TypeError(f"num_visual must be torch.int32, got {num_visual.dtype}")
+    num_visual = as_int32("num_visual", num_visual)
     if mass.dim() == 3:
         mass = mass.sum(1)
     if not use_kernels(mass.device.type):
         return reference.select_visual_tokens(mass, ratio, num_visual)
-    call = torch.ops.lookagain.select_visual_tokens if torch.compiler.is_compiling() else _forward
-    return call(mass.detach().float().contiguous(), float(ratio), num_visual.to(torch.int32))
+    traced = is_traced(mass, num_visual)
+    call = torch.ops.lookagain.select_visual_tokens if traced else _forward
+    return call(mass.detach().float().contiguous(), float(ratio), num_visual)
 
 
 def _forward(mass: Tensor, ratio: float, num_visual: Tensor) -> Tensor:

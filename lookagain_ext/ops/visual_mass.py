@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from .._native import native, use_kernels
-from ..visual import VisualContext
+from ..visual import VisualContext, is_traced
 from . import _cuda
 from ._checks import (
     check_attention,
@@ -65,7 +65,7 @@ def visual_mass(
         check_tensor("lse", lse, tuple(query.shape[:3]), None, query)
         if lse.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"lse must be torch.float32, got {lse.dtype}")
-    if _cuda.on_gpu(query) or not use_kernels(query.device.type):
+    if not use_kernels(query.device.type):
         return reference.visual_mass(
             query,
             key,
@@ -84,13 +84,13 @@ def visual_mass(
     else:
         width = int(visual.num_visual().max()) if visual.spans.numel() else 0
     fields = (visual.spans, visual.inv_freq, visual.shift, visual.start, visual.selected)
-    call = torch.ops.lookagain.visual_mass if torch.compiler.is_compiling() else _forward
-    return call(
-        query.detach(), key.detach(), rows, width, lse, key_start, key_length, *fields, scale
-    )
+    limits = (key_start, key_length)
+    traced = is_traced(query, key, rows, lse, *limits, *fields)
+    call = torch.ops.lookagain.visual_mass if traced else forward
+    return call(query.detach(), key.detach(), rows, width, lse, *limits, *fields, scale)
 
 
-def _forward(
+def forward(
     query: Tensor,
     key: Tensor,
     rows: Tensor,
@@ -105,7 +105,12 @@ def _forward(
     selected: Tensor | None,
     scale: float,
 ) -> Tensor:
+    """The mass of `width` visual tokens, all arguments checked; see `visual_mass`."""
     mass = _output(query, key, rows, width)
+    if _cuda.on_gpu(query):
+        fields = (spans, inv_freq, shift, start, selected)
+        _cuda.visual_mass(query, key, rows, mass, lse, key_start, key_length, fields, scale)
+        return mass
     native().visual_mass(
         query,
         key,
@@ -130,5 +135,5 @@ def _output(query: Tensor, key: Tensor, rows: Tensor, width: int, *_: object) ->
     return query.new_zeros(shape, dtype=torch.float32)
 
 
-_op = torch.library.custom_op("lookagain::visual_mass", _forward, mutates_args=())
+_op = torch.library.custom_op("lookagain::visual_mass", forward, mutates_args=())
 _op.register_fake(_output)

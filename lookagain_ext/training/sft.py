@@ -153,7 +153,8 @@ def train(
         raise
     done = run.export(config.stages[-1], "model")
     plot_curves(run.folder / METRICS, run.folder / "curves.png")
-    console.print(f"{run.total} steps in {run.seconds / 60:.1f} minutes; model in {done}")
+    said = f"{run.total} steps in {run.seconds / 60:.1f} minutes; model in {done}"
+    console.print(said, markup=False)
     if config.held_out:
         _report(run, console)
     return done
