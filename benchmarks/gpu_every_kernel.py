@@ -2,42 +2,92 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from lookagain_ext import VisualContext, ops, reference
 
+DEVICE = "cuda"
+BATCH, HEADS, KEYS, TOKENS = 2, 2, 300, 90
 
-def attend(dtype: torch.dtype, size: int, groups: int, queries: int) -> None:
-    """routed_attention with re-injections, mass and several pieces of the key axis."""
-    device, batch, heads, keys, tokens = "cuda", 2, 2, 300, 90
-    shapes = ((heads * groups, queries), (heads, keys), (heads, keys))
-    tensors = [torch.randn(batch, *x, size, device=device, dtype=dtype) for x in shapes]
-    spans = torch.tensor([[[5, tokens]]] * batch, dtype=torch.int32, device=device)
-    inv_freq = 1e4 ** -(torch.arange(size // 2, device=device) / (size // 2))
-    everyone = torch.ones(batch, dtype=torch.bool, device=device)
-    visual = VisualContext.from_spans(spans, inv_freq).reinject(everyone, 70, 200)
-    visual = visual.reinject(everyone, 190, keys - queries)
-    length = torch.tensor([keys, 230], dtype=torch.int32, device=device)
-    results = []
-    for call in (ops.routed_attention, reference.routed_attention):
-        mass = torch.zeros(batch, heads, tokens, device=device)
-        out = call(*tensors, visual, key_length=length, visual_mass=mass)
-        results.append((out, mass))
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, atol=2e-2, rtol=2e-2)
+
+@dataclass(frozen=True)
+class Attention:
+    """One way through the attention kernels."""
+
+    dtype: torch.dtype = torch.bfloat16
+    size: int = 128
+    groups: int = 7
+    queries: int = 1
+    mass: bool = True
+    aligned: bool = True
+    paged: int = 0  # slots of a block
+    batch: int = BATCH
+
+    def check(self) -> None:
+        """Compare with the reference: re-injections, ragged rows, pieces of the key axis."""
+        shapes = ((HEADS * self.groups, self.queries), (HEADS, KEYS), (HEADS, KEYS))
+        query, key, value = (
+            torch.randn(self.batch, *shape, self.size, device=DEVICE, dtype=self.dtype)
+            for shape in shapes
+        )
+        if not self.aligned:
+            key = torch.nn.functional.pad(key, (3, 2))[..., 3:-2]
+        spans = torch.tensor([[[5, TOKENS]]] * self.batch, dtype=torch.int32, device=DEVICE)
+        half = self.size // 2
+        inv_freq = 1e4 ** -(torch.arange(half, device=DEVICE) / half)
+        everyone = torch.ones(self.batch, dtype=torch.bool, device=DEVICE)
+        visual = VisualContext.from_spans(spans, inv_freq).reinject(everyone, 70, 200)
+        visual = visual.reinject(everyone, 190, KEYS - self.queries)
+        length = torch.tensor([KEYS, 230] * self.batch, dtype=torch.int32, device=DEVICE)
+        keywords = {"key_length": length[: self.batch]}
+        cache, table = (key, value), None
+        if self.paged:
+            cache, table = paged(key, self.paged), paged_table(self.batch, self.paged)
+            cache = (cache, paged(value, self.paged))
+        results = []
+        for call, tensors, blocks in (
+            (ops.routed_attention, cache, table),
+            (reference.routed_attention, (key, value), None),
+        ):
+            mass = torch.zeros(self.batch, HEADS, TOKENS, device=DEVICE) if self.mass else None
+            out = call(query, *tensors, visual, visual_mass=mass, block_table=blocks, **keywords)
+            results.append((out, mass))
+        for ours, expected in zip(*results, strict=True):
+            if ours is not None:
+                torch.testing.assert_close(ours, expected, atol=2e-2, rtol=2e-2)
+
+
+def paged(cache: Tensor, size: int) -> Tensor:
+    """[B, H, L, D] as blocks in reverse order."""
+    blocks = -(-KEYS // size)
+    padded = torch.nn.functional.pad(cache, (0, 0, 0, blocks * size - KEYS))
+    parts = padded.unflatten(2, (blocks, size)).transpose(1, 2).flatten(0, 1)
+    return parts.flip(0).contiguous()
+
+
+def paged_table(batch: int, size: int) -> Tensor:
+    """The table of `paged`."""
+    total = batch * -(-KEYS // size)
+    order = torch.arange(total - 1, -1, -1, dtype=torch.int32, device=DEVICE)
+    return order.view(batch, -1)
 
 
 def append(dtype: torch.dtype, size: int) -> None:
     """append_visual_ of a selection."""
-    device, batch, heads, keys = "cuda", 3, 2, 200
-    caches = [torch.randn(batch, heads, keys, size, device=device, dtype=dtype) for _ in range(2)]
+    batch, keys = 3, 200
+    caches = [torch.randn(batch, HEADS, keys, size, device=DEVICE, dtype=dtype) for _ in range(2)]
     again = [x.clone() for x in caches]
-    length = torch.tensor([100, 60, 140], dtype=torch.int32, device=device)
-    spans = torch.tensor([[[3, 40]]] * batch, dtype=torch.int32, device=device)
-    shift = torch.tensor([7, 300, 5], dtype=torch.int32, device=device)
-    inv_freq = 1e4 ** -(torch.arange(size // 2, device=device) / (size // 2))
-    mass = torch.rand(batch, 40, device=device)
-    chosen = ops.select_visual_tokens(mass, 0.5, torch.full((batch,), 40, device=device))
+    length = torch.tensor([100, 60, 140], dtype=torch.int32, device=DEVICE)
+    spans = torch.tensor([[[3, 40]]] * batch, dtype=torch.int32, device=DEVICE)
+    shift = torch.tensor([7, 300, 5], dtype=torch.int32, device=DEVICE)
+    inv_freq = 1e4 ** -(torch.arange(size // 2, device=DEVICE) / (size // 2))
+    mass = torch.rand(batch, 40, device=DEVICE)
+    counts = torch.full((batch,), 40, dtype=torch.int32, device=DEVICE)
+    chosen = ops.select_visual_tokens(mass, 0.5, counts)
+    assert torch.equal(chosen, reference.select_visual_tokens(mass, 0.5, counts))
     for call, pair in ((ops.append_visual_, caches), (reference.append_visual_, again)):
         call(*pair, length.clone(), spans, shift, inv_freq, selected=chosen)
     for ours, expected in zip(caches, again, strict=True):
@@ -45,11 +95,18 @@ def append(dtype: torch.dtype, size: int) -> None:
 
 
 def main() -> None:
-    """All kernels, every compiled head size."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    """All kernels: every compiled head size and number of rows, and each way around them."""
+    for dtype in (torch.bfloat16, torch.float16):
         for size in (64, 80, 128, 256):
-            for groups, queries in ((7, 1), (3, 5)):
-                attend(dtype, size, groups, queries)
+            Attention(dtype, size).check()
+            Attention(dtype, size, groups=3, queries=5).check()
+        Attention(dtype, aligned=False).check()
+        Attention(dtype, paged=16).check()
+        Attention(dtype, paged=5, mass=False).check()
+        Attention(dtype, batch=64, mass=False).check()
+    Attention(torch.float32).check()
+    Attention(torch.float32, paged=5, mass=False).check()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         append(dtype, 128)
         append(dtype, 40)
     torch.cuda.synchronize()

@@ -114,14 +114,17 @@ def reencoding(model: nn.Module, tokens: int, seconds: float) -> dict[str, objec
     size = text.hidden_size // text.num_attention_heads
     draw = {"dtype": torch.bfloat16, "device": device}
     hidden = torch.randn(1, tokens, text.hidden_size, **draw)
-    cache = [torch.randn(1, text.num_key_value_heads, 4 * tokens, size, **draw) for _ in range(2)]
+    shape = (1, text.num_key_value_heads, 4 * tokens, size)
+    caches = [  # one for each layer, as in a model
+        [torch.randn(shape, **draw) for _ in range(2)] for _ in range(text.num_hidden_layers)
+    ]
     spans = torch.tensor([[[8, tokens]]], dtype=torch.int32, device=device)
     shift = torch.full((1,), 3 * tokens, dtype=torch.int32, device=device)
     start, length = shift.clone(), shift.clone()
     inv_freq = 1e6 ** -(torch.arange(size // 2, device=device) / (size // 2))
 
     def append() -> None:
-        for _ in range(text.num_hidden_layers):
+        for cache in caches:
             length.copy_(start)
             ops.append_visual_(*cache, length, spans, shift, inv_freq, check_room=False)
 
@@ -149,17 +152,18 @@ def main(
     steps: int = 128,
     rounds: int = 3,
     batches: Annotated[list[int] | None, typer.Option("--batch")] = None,
+    static: Annotated[bool, typer.Option(help="Static cache, compiled, CUDA graphs.")] = False,
 ) -> None:
     """Measure and print the table."""
     console = Console(width=150)
     model = decoder(layers, device)
-    # Eager attention weights of all layers and steps do not fit at large batches: batch 1 only.
-    plans = [(kind, batch, False) for batch in batches or (1, 8, 32) for kind in KINDS]
-    plans.append(("eager", 1, False))
-    if device != "cpu":
-        plans += [(kind, batch, True) for batch in batches or (1, 8) for kind in ("off", "copy")]
+    kinds = ("off", "copy", "route") if static else KINDS
+    plans = [(kind, batch) for batch in batches or (1, 8, 32) for kind in kinds]
+    if not static:  # attention weights of all layers and steps do not fit at large batches
+        plans.append(("eager", 1))
+    where = describe(torch.device(device))
     results = []
-    for kind, batch, static in plans:
+    for kind, batch in plans:
         try:
             found = Run(model, kind, batch, steps, static).measure(rounds)
         except Exception as error:  # a row that fails must not take the others with it
@@ -167,6 +171,8 @@ def main(
             found = {"kind": kind, "batch": batch, "static": static, "error": str(error)[:500]}
         results.append(found)
         console.print(found, highlight=False)
+        kept = {"machine": where, "layers": layers, "rows": results}
+        _keep(kept, out)
     table = Table(title=f"{layers} layers of the 7B's shape, {steps} new tokens")
     for column in ("kind", "batch", "cache", "tokens/s", "over off", "peak GB", "attention"):
         table.add_column(column, justify="left" if column == "kind" else "right")
@@ -191,15 +197,20 @@ def main(
             ]
         table.add_row(*cells)
     console.print(table)
-    encoding = reencoding(model, 1024 if device != "cpu" else 32, 2.0)
-    console.print(encoding, highlight=False)
+    if not static:
+        kept["reencoding"] = reencoding(model, 1024 if device != "cpu" else 32, 2.0)
+        console.print(kept["reencoding"], highlight=False)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        kept = {"machine": describe(torch.device(device)), "layers": layers, "rows": results}
-        kept["reencoding"] = encoding
-        out.write_text(json.dumps(kept, indent=1) + "\n")
+        _keep(kept, out)
         plot_generate(kept, out.with_suffix(".png"))
         console.print(f"Results: {out}")
+
+
+def _keep(result: dict[str, object], out: Path | None) -> None:
+    """Row by row: a run that is cut off keeps what it found."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,22 +5,23 @@
 #   1  all tests on `cuda`
 #   2  compute-sanitizer: memcheck and racecheck of every kernel on small shapes
 #   3  the kernels beside their baselines and peers: OUT/gpu_kernels.json
-#   4  generate() with a 7B-shaped model: OUT/gpu_generate.json
-# Parts can be run one by one; each ends within 9 minutes on an H100 or newer. Failures of one part do
-# not stop the next; the exit status tells. Results belong into benchmarks/results/.
+#   4  generate() with a 7B-shaped model, dynamic cache: OUT/gpu_generate.json
+#   5  the same with a static cache and CUDA graphs: OUT/gpu_generate_static.json
+# Each part is cut off before 9 minutes and keeps what it had found; a failure of one does not stop the
+# next, the exit status tells. Results belong into benchmarks/results/.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 out=$(realpath -m "${1:-benchmarks/results}")
 shift || true
 parts=("$@")
-(( ${#parts[@]} )) || parts=(1 2 3 4)
+(( ${#parts[@]} )) || parts=(1 2 3 4 5)
 mkdir -p "$out"
 failed=0
 
 say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 part() { [[ " ${parts[*]} " == *" $1 "* ]]; }
-try() { "$@" 2>&1 || { echo "FAILED: $*"; failed=1; }; }
+try() { "$@" 2>&1 || { echo "FAILED ($?): $*"; return 1; }; }
 
 say "build"
 # A package manager's own isolation would download what is already here.
@@ -32,26 +33,36 @@ print(lookagain_ext.build_info(), torch.__version__, torch.cuda.get_device_name(
 
 if part 1; then
   say "tests on cuda"
-  try timeout 480 python3 -m pytest -q -x --maxfail=20 -k "cuda and not emulated" python_tests \
-    -p no:cacheprovider | tee "$out/gpu_tests.log" | tail -n 40
+  try timeout 500 python3 -m pytest -q --maxfail=20 -k "cuda and not emulated" python_tests \
+    -p no:cacheprovider | tee "$out/gpu_tests.log" | tail -n 40 || failed=1
 fi
 
 if part 2; then
   for tool in memcheck racecheck; do
     say "compute-sanitizer $tool"
-    try timeout 200 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      python3 -m benchmarks.gpu_every_kernel | tee "$out/gpu_$tool.log" | tail -n 15
+    # Without torch's caching allocator, so that one byte too far is another's memory; only our kernels
+    # are instrumented.
+    try env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 250 compute-sanitizer --tool "$tool" \
+      --kernel-regex kns=routed_attention --kernel-regex kns=append_ --kernel-regex kns=select_ \
+      --error-exitcode 9 python3 -m benchmarks.gpu_every_kernel |
+      tee "$out/gpu_$tool.log" | tail -n 15 || failed=1
   done
 fi
 
 if part 3; then
   say "kernels"
-  try timeout 500 python3 -m benchmarks.gpu_kernels --out "$out/gpu_kernels.json"
+  try timeout 520 python3 -m benchmarks.gpu_kernels --out "$out/gpu_kernels.json" || failed=1
 fi
 
 if part 4; then
-  say "generate"
-  try timeout 500 python3 -m benchmarks.gpu_generate --out "$out/gpu_generate.json"
+  say "generate, dynamic cache"
+  try timeout 520 python3 -m benchmarks.gpu_generate --out "$out/gpu_generate.json" || failed=1
+fi
+
+if part 5; then
+  say "generate, static cache"
+  try timeout 520 python3 -m benchmarks.gpu_generate --static --batch 1 --batch 8 \
+    --out "$out/gpu_generate_static.json" || failed=1
 fi
 
 say "done, results in $out"

@@ -19,13 +19,16 @@ def candidate(call: Call, inputs: Sequence[tuple], repeats: int = 1) -> Callable
     """A call that returns the seconds of one execution, without Python's part in it.
 
     The call is captured once for each of `inputs`, in turn, so that no execution finds its inputs
-    in the cache; what cannot be captured is timed as it is. On a CPU it is simply called.
+    in the cache. On a CPU it is simply called.
+
+    Raises:
+        RuntimeError: if the call cannot be captured.
     """
     inputs = list(inputs) * repeats
     if not torch.cuda.is_available() or not _on_gpu(inputs[0]):
         return lambda: _wall(call, inputs)
     graph = _capture(call, inputs)
-    play = graph.replay if graph is not None else lambda: [call(*each) for each in inputs]
+    play = graph.replay
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run() -> float:
@@ -99,7 +102,7 @@ def _wall(call: Call, inputs: Sequence[tuple]) -> float:
     return (time.perf_counter() - begin) / len(inputs)
 
 
-def _capture(call: Call, inputs: Sequence[tuple]) -> torch.cuda.CUDAGraph | None:
+def _capture(call: Call, inputs: Sequence[tuple]) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -109,11 +112,7 @@ def _capture(call: Call, inputs: Sequence[tuple]) -> torch.cuda.CUDAGraph | None
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for each in inputs:
-                call(*each)
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
+    with torch.cuda.graph(graph):
+        for each in inputs:
+            call(*each)
     return graph

@@ -30,6 +30,18 @@ const T* device_values(const char* name, py::handle tensor, DType dtype,
   return view.as<const T>();
 }
 
+const float* frequencies(py::handle inv_freq, int64_t head_dim, int device, int64_t* half) {
+  const TensorView view = checked_view("inv_freq", inv_freq, DType::kFloat32, {kAny}, device);
+  check_contiguous("inv_freq", view);
+  *half = view.shape[0];
+  if (2 * *half > head_dim) {
+    throw py::value_error("inv_freq must have at most " + to_string(head_dim / 2) +
+                          " frequencies for head size " + to_string(head_dim) + ", got " +
+                          to_string(*half));
+  }
+  return view.as<float>();
+}
+
 VisualParams visual_params(py::handle spans, py::handle inv_freq, py::handle shift,
                            py::handle start, py::handle selected, int64_t batch, int64_t head_dim,
                            int device) {
@@ -39,16 +51,7 @@ VisualParams visual_params(py::handle spans, py::handle inv_freq, py::handle shi
   check_contiguous("spans", runs);
   p.spans = runs.as<int32_t>();
   p.num_spans = runs.shape[1];
-  const TensorView frequencies =
-      checked_view("inv_freq", inv_freq, DType::kFloat32, {kAny}, device);
-  check_contiguous("inv_freq", frequencies);
-  p.inv_freq = frequencies.as<float>();
-  p.half = frequencies.shape[0];
-  if (2 * p.half > head_dim) {
-    throw py::value_error("inv_freq must have at most " + to_string(head_dim / 2) +
-                          " frequencies for head size " + to_string(head_dim) + ", got " +
-                          to_string(p.half));
-  }
+  p.inv_freq = frequencies(inv_freq, head_dim, device, &p.half);
   const TensorView shifts = checked_view("shift", shift, DType::kInt32, {batch, kAny}, device);
   check_contiguous("shift", shifts);
   p.shift = shifts.as<int32_t>();
@@ -66,6 +69,7 @@ VisualParams visual_params(py::handle spans, py::handle inv_freq, py::handle shi
     p.selected = view.as<uint8_t>();
     p.selected_batch_stride = view.stride[0];
     p.selected_stride = view.stride[1];
+    p.selected_width = view.shape[2];
   }
   return p;
 }
@@ -84,7 +88,7 @@ int64_t paged_capacity(py::handle block_table, const TensorView& cache, int64_t 
                           to_string(blocks) + " blocks of " + to_string(block_size) + " slots");
   }
   *rows = view.shape[0];
-  *p = {view.as<int32_t>(), view.stride[0], block_size};
+  *p = {view.as<int32_t>(), view.stride[0], block_size, cache.shape[0]};
   return blocks * block_size;
 }
 
@@ -212,11 +216,8 @@ void cuda_append_visual(py::object key_cache, py::object value_cache, py::object
   p.spans = runs.as<int32_t>();
   p.num_spans = runs.shape[1];
   p.shift = device_values<int32_t>("shift", shift, DType::kInt32, {batch}, device);
-  const TensorView frequencies =
-      checked_view("inv_freq", inv_freq, DType::kFloat32, {kAny}, device);
-  check_contiguous("inv_freq", frequencies);
-  p.inv_freq = frequencies.as<float>();
-  p.half = frequencies.shape[0];
+  if (p.shift == nullptr) throw py::type_error("shift must be a tensor, got None");
+  p.inv_freq = frequencies(inv_freq, p.head_dim, device, &p.half);
   int64_t width = 0;
   if (!selected.is_none()) {
     const TensorView view = checked_view("selected", selected, DType::kBool, {batch, kAny}, device);

@@ -183,7 +183,7 @@ BlockTable::BlockTable(py::handle table, const TensorView& cache, int64_t batch)
   }
   // Never null, also where no row has a block: null is a cache that is not paged.
   entries.resize(entries.size() + 1);
-  pages = {entries.data(), blocks, block_size};
+  pages = {entries.data(), blocks, block_size, num_blocks};
 }
 
 void BlockTable::check_in_use(int64_t row, int64_t begin, int64_t end, const char* what) const {

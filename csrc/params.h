@@ -29,6 +29,7 @@ struct PagedCache {
   const int32_t* block_table = nullptr;  // [B, blocks of a row], -1: unused
   int64_t block_table_stride = 0;
   int64_t block_size = 0;
+  int64_t num_blocks = 0;  // of the cache
 };
 
 struct VisualParams {
@@ -42,6 +43,7 @@ struct VisualParams {
   const uint8_t* selected = nullptr;  // [B, R, L_c] or null: all
   int64_t selected_batch_stride = 0;
   int64_t selected_stride = 0;
+  int64_t selected_width = 0;  // L_c of `selected`
 };
 
 struct AttentionSizes : PagedCache {

@@ -84,6 +84,47 @@ def routed_attention(
     return (out, lse.float()) if return_lse else out
 
 
+def routed_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visual: VisualContext | None = None,
+    *,
+    scale: float | None = None,
+    key_start: Tensor | None = None,
+    key_length: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `routed_attention` written out, for where autograd does not reach.
+
+    Takes the gradient of the result, [B, H_q, L_q, D], and the arguments that gave it; returns the
+    gradients of query, key and value, in their dtypes.
+    """
+    scores = _scores(query, key, visual, scale, key_start, key_length)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    probability = _probability(scores.logits, _logsumexp(scores.logits))
+    heads, kv_heads, keys = query.shape[1], key.shape[1], key.shape[2]
+    turned, upstream = _accurate(query), _accurate(grad_out)
+    k, v = (_expand(_readable(_accurate(x), scores), heads) for x in (key, value))
+    index = _index(scores.keys, k) if scores.sightings else None
+    rows = v if index is None else torch.cat([v, *[v.gather(2, index)] * scores.sightings], dim=2)
+    change = upstream @ rows.mT
+    change = probability * (change - (probability * change).sum(-1, keepdim=True)) * scale
+    widths = [keys] if index is None else [keys, *[scores.keys.shape[-1]] * scores.sightings]
+    grad_v, *again_v = (probability.mT @ upstream).split(widths, dim=2)
+    change, *again = change.split(widths, dim=-1)
+    grad_query, grad_k = change @ k, change.mT @ turned
+    for number in range(scores.sightings):
+        shift = visual.shift[:, number, None, None]
+        grad_query = grad_query + again[number] @ rotate(k.gather(2, index), shift, visual.inv_freq)
+        back = rotate(again[number].mT @ turned, -shift, visual.inv_freq)
+        grad_k = grad_k.scatter_add(2, index, back)
+        grad_v = grad_v.scatter_add(2, index, again_v[number])
+    grouped = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (grad_k, grad_v))
+    grad_key, grad_value = (x.to(key.dtype) for x in grouped)
+    return grad_query.to(query.dtype), grad_key, grad_value
+
+
 def visual_mass(
     query: Tensor,
     key: Tensor,

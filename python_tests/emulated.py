@@ -31,6 +31,7 @@ PAGED_CACHE = [
     ("block_table", ctypes.c_void_p),
     ("block_table_stride", ctypes.c_int64),
     ("block_size", ctypes.c_int64),
+    ("num_blocks", ctypes.c_int64),
 ]
 
 
@@ -46,6 +47,7 @@ class VisualParams(ctypes.Structure):
         ("selected", ctypes.c_void_p),
         ("selected_batch_stride", ctypes.c_int64),
         ("selected_stride", ctypes.c_int64),
+        ("selected_width", ctypes.c_int64),
     ]
 
 
@@ -128,6 +130,13 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+def _call(name: str, *arguments: object) -> None:
+    """A function of the library; RuntimeError with what it threw."""
+    if getattr(library(), name)(*arguments):
+        library().emulated_message.restype = ctypes.c_char_p
+        raise RuntimeError(library().emulated_message().decode())
+
+
 def device(seed: int = 1, multiprocessors: int = 4, shared: int = 227 << 10) -> None:
     """Sets up the emulated device; the seed shuffles the order in which threads run."""
     library().emulated_set(
@@ -207,11 +216,12 @@ def launch_routed_attention(
             params.visual.selected = pointer(selected)
             params.visual.selected_batch_stride = selected.stride(0)
             params.visual.selected_stride = selected.stride(1)
+            params.visual.selected_width = selected.shape[2]
     if plan is not None:
         found = (ctypes.c_int32 * 5)()
-        library().emulated_plan(ctypes.byref(params), ctypes.c_int64(width), found)
+        _call("emulated_plan", ctypes.byref(params), ctypes.c_int64(width), found)
         plan[:] = list(found)
-    library().emulated_routed_attention(ctypes.byref(params), ctypes.c_int64(width))
+    _call("emulated_routed_attention", ctypes.byref(params), ctypes.c_int64(width))
 
 
 def page(params: ctypes.Structure, block_table: Tensor | None, cache: Tensor) -> None:
@@ -220,6 +230,7 @@ def page(params: ctypes.Structure, block_table: Tensor | None, cache: Tensor) ->
         params.block_table = pointer(block_table)
         params.block_table_stride = block_table.stride(0)
         params.block_size = cache.shape[2]
+        params.num_blocks = cache.shape[0]
 
 
 def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor, out: Tensor) -> None:
@@ -234,7 +245,7 @@ def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor, out: Te
         out=out.data_ptr(),
         out_stride=out.stride(0),
     )
-    library().emulated_select(ctypes.byref(params))
+    _call("emulated_select", ctypes.byref(params))
 
 
 def launch_append_visual_(
@@ -270,7 +281,8 @@ def launch_append_visual_(
         width = selected.shape[1]
         params.selected, params.selected_stride = selected.data_ptr(), selected.stride(0)
     slots = key_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
-    library().emulated_append(
+    _call(
+        "emulated_append",
         ctypes.byref(params),
         ctypes.c_int64(slots),
         ctypes.c_void_p(pointer(key_length)),

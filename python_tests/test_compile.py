@@ -51,8 +51,8 @@ def test_opcheck_selection_and_append() -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 20])
-def test_compiled_forward_is_eager(queries: int) -> None:
-    problem = Case(queries=queries, keys=24, select=True).make()
+def test_compiled_forward_is_eager(queries: int, device: torch.device) -> None:
+    problem = Case(queries=queries, keys=24, select=True).make(device)
 
     def step(query, key, value, visual: VisualContext, mass, start, length):
         out = ops.routed_attention(
@@ -61,7 +61,7 @@ def test_compiled_forward_is_eager(queries: int) -> None:
         return out + 1
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    masses = [torch.zeros(2, 2, problem.max_visual) for _ in range(2)]
+    masses = [torch.zeros(2, 2, problem.max_visual, device=device) for _ in range(2)]
     results = [
         run(*problem[:4], mass, problem.key_start, problem.key_length)
         for run, mass in zip((step, compiled), masses, strict=True)
@@ -71,8 +71,8 @@ def test_compiled_forward_is_eager(queries: int) -> None:
     assert masses[0].sum() > 0
 
 
-def test_compiled_gradients_are_eager() -> None:
-    problem = Case(queries=20, keys=24, poison=False).make()
+def test_compiled_gradients_are_eager(device: torch.device) -> None:
+    problem = Case(queries=20, keys=24, poison=False).make(device)
 
     def loss(query, key, value):
         return ops.routed_attention(query, key, value, problem.visual).square().sum()

@@ -5,6 +5,8 @@ The kernels' results are tested where the ops are, by the same bodies as on the 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import emulated
 import pytest
 import torch
@@ -114,4 +116,36 @@ def test_wrong_lengths_read_nothing_outside() -> None:
         key_start=torch.tensor([0, 0], dtype=torch.int32),
     )
     for one, other in zip(run(wild), run(tame), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_too_many_columns_for_the_device_are_refused_in_words() -> None:
+    emulated.device(shared=48 << 10)
+    problem = Case(batch=1, keys=40, size=256, again=16).make()
+    with pytest.raises(RuntimeError, match="16 columns.*head size 256.*this GPU has 49152"):
+        run(problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_empty_spans_anywhere_hold_nothing(dtype: torch.dtype) -> None:
+    problem = Case(batch=1, keys=60, spans=2, again=2, size=64, ragged=False, dtype=dtype).make()
+    spans = torch.tensor([[[5, 9], [20, 12]]], dtype=torch.int32)
+    start = torch.full_like(problem.visual.start, 50)
+    visual = replace(problem.visual, spans=spans, start=start)
+    plain = problem._replace(visual=visual, max_visual=21)
+    holes = torch.tensor([[[40, 0], [5, 9], [0, 0], [20, 12], [7, 0]]], dtype=torch.int32)
+    empty = plain._replace(visual=replace(visual, spans=holes))
+    for one, other in zip(run(empty), run(plain), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_tokens_past_the_selection_are_not_shown() -> None:
+    problem = Case(batch=1, keys=60, again=1, size=64, select=True, ragged=False).make()
+    wide = problem.visual.selected
+    narrow = wide[..., :3].clone()
+    cut = wide.clone()
+    cut[..., 3:] = False
+    found = run(problem._replace(visual=replace(problem.visual, selected=narrow)))
+    expected = run(problem._replace(visual=replace(problem.visual, selected=cut)))
+    for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)

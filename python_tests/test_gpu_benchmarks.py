@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulated
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("benchmarks.gpu_kernels", reason="run from the repository")
@@ -46,3 +48,24 @@ def test_one_kernel_alone() -> None:
     for kernel in ("decode", "append", "select"):
         printed = run("benchmarks.profile", kernel, *options, "--seconds", "0.02")
         assert "share" in printed and "ncu --set full" in printed
+
+
+def test_generate(tmp_path: Path) -> None:
+    out = tmp_path / "generate.json"
+    options = ("--layers", "1", "--steps", "6", "--rounds", "1", "--batch", "1")
+    printed = run("benchmarks.gpu_generate", "--device", "cpu", *options, "--out", str(out))
+    kept = json.loads(out.read_text())
+    kinds = [row["kind"] for row in kept["rows"]]
+    assert kinds == ["unpatched", "off", "copy", "route", "eager"], printed
+    assert all(row["tokens_per_second"] > 0 for row in kept["rows"]), printed
+    assert kept["reencoding"]["ratio"] > 0
+
+
+def test_every_kernel_on_the_emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a memory checker is run over: all of it agrees with the reference here too."""
+    emulated.install(monkeypatch)
+    from benchmarks import gpu_every_kernel
+
+    monkeypatch.setattr(gpu_every_kernel, "DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    gpu_every_kernel.main()

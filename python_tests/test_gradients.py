@@ -8,7 +8,7 @@ from cases import DECODE, PREFILL, Case, Problem
 from physical import assert_as_accurate_as, attend
 from torch import Tensor
 
-from lookagain_ext import VisualContext, ops
+from lookagain_ext import VisualContext, ops, reference
 
 SMALL = [
     Case(batch=2, queries=3, keys=9, size=8, spans=2, again=3, select=True, poison=False),
@@ -52,6 +52,19 @@ def test_against_autograd_of_physical_append(
     eager = gradients(problem, lambda p: attend(p, dtype=dtype).out)
     for name, a, b, c in zip(("query", "key", "value"), found, exact, eager, strict=True):
         assert_as_accurate_as(a.cpu(), b, c, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("case", [*SMALL, DECODE[2], DECODE[7], PREFILL[2]], ids=str)
+def test_written_out_backward_is_autograd(case: Case) -> None:
+    """`reference.routed_attention_backward`, which stands in where autograd does not reach."""
+    problem = case.but(dtype=torch.float64, poison=False).make()
+    draw = torch.Generator().manual_seed(1)
+    weight = torch.randn(problem.query.shape, generator=draw, dtype=torch.float64)
+    found = reference.routed_attention_backward(weight, *problem[:4], **problem.kwargs())
+    leaves = [x.clone().requires_grad_() for x in problem[:3]]
+    out = reference.routed_attention(*leaves, problem.visual, **problem.kwargs())
+    for one, other in zip(found, torch.autograd.grad(out, leaves, weight), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("queries", [2, 40])

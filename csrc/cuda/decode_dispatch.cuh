@@ -10,9 +10,9 @@ namespace cuda {
 
 template <typename T, int kDim, int kColumns>
 void launch_one(const DecodePlan& plan, const DecodeLaunch& a, Stream stream) {
-  launch("routed_attention_decode", &routed_attention_decode<T, kDim, kColumns>,
-         a.p.batch * a.p.key_heads * a.row_blocks * a.splits, kThreads, plan.shared_bytes, stream,
-         a);
+  launch<&routed_attention_decode<T, kDim, kColumns>>(
+      "routed_attention_decode", a.p.batch * a.p.key_heads * a.row_blocks * a.splits, kThreads,
+      plan.shared_bytes, stream, a);
 }
 
 template <typename T>

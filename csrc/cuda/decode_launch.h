@@ -24,6 +24,7 @@ struct DecodeLaunch {
   int row_blocks;      // blocks that cover the rows
   int splits;          // of the key axis
   int stages;          // tiles of keys and values in flight for a warp
+  bool whole_tiles;    // 16 keys from a multiple of 16 on lie row by row, without gaps to fill
   int64_t num_visual;  // L_c
   float scale;         // on logits, in units of log 2
   float* states;       // [B, H_kv, padded rows, splits, 2]: max and sum of a piece
@@ -48,6 +49,19 @@ LA_DEVICE RowKeys row_keys(const AttentionSizes& p, int64_t batch_row) {
   end = end < 0 ? 0 : (end > p.keys ? p.keys : end);
   begin = begin < 0 ? 0 : (begin > end ? end : begin);
   return {begin, end, end - p.queries};
+}
+
+// As place_of, with block -1 for what a table does not name.
+LA_DEVICE SlotPlace checked_place(const PagedCache& pages, int64_t batch_row, int64_t slot) {
+  SlotPlace place = place_of(pages, batch_row, slot);
+  if (pages.block_table != nullptr && place.block >= pages.num_blocks) place.block = -1;
+  return place;
+}
+
+// Whether re-injection r shows a visual token.
+LA_DEVICE bool is_shown(const VisualParams& visual, const uint8_t* selected, int32_t token) {
+  if (token < 0) return false;
+  return selected == nullptr || (token < visual.selected_width && selected[token] != 0);
 }
 
 // Bit r: some query up to `last` sees re-injection r.
@@ -118,7 +132,7 @@ class SpanCursor {
     const int32_t* next = next_;
     for (int left = left_;; --left, next += 2) {
       if (key >= first && key < last) return number + key - first;
-      if (left == 0 || last >= end) return -1;
+      if (left == 0 || (last > first && last >= end)) return -1;
       number += last - first;
       first = next[0];
       last = first + (next[1] > 0 ? next[1] : 0);
@@ -126,15 +140,17 @@ class SpanCursor {
   }
 
  private:
+  // To the next span that is not empty.
   LA_DEVICE void advance() {
-    if (left_ == 0) {
-      first_ = last_ = INT32_MAX;
+    for (; left_ > 0; --left_, next_ += 2) {
+      if (next_[1] <= 0) continue;
+      first_ = next_[0];
+      last_ = first_ + next_[1];
+      --left_;
+      next_ += 2;
       return;
     }
-    first_ = next_[0];
-    last_ = first_ + (next_[1] > 0 ? next_[1] : 0);
-    next_ += 2;
-    --left_;
+    first_ = last_ = INT32_MAX;
   }
 
   const int32_t* next_;

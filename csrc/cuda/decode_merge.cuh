@@ -65,44 +65,56 @@ LA_DEVICE void merge_warps(const DecodeLaunch& a, int64_t batch_row, int64_t key
   }
 }
 
-// max and sum over the pieces of one row.
+// max and sum over the pieces of one row, worked out by a whole warp: the same in all its lanes.
 LA_DEVICE float2 merged_state(const DecodeLaunch& a, int64_t head, int row) {
   const float* states = a.states + 2 * (head * a.padded_rows() + row) * a.splits;
+  const int lane = threadIdx.x % 32;
   float max = -INFINITY, sum = 0;
-  for (int s = 0; s < a.splits; ++s) max = fmaxf(max, states[2 * s]);
-  if (max == -INFINITY) return make_float2(max, 0.0f);
-  for (int s = 0; s < a.splits; ++s) sum += states[2 * s + 1] * exp2_fast(states[2 * s] - max);
+  for (int s = lane; s < a.splits; s += 32) max = fmaxf(max, states[2 * s]);
+  for (int step = 16; step > 0; step /= 2) max = fmaxf(max, shuffle_xor(max, step));
+  // Nothing seen: any finite reference gives weights of 0.
+  const float reference = max == -INFINITY ? 0.0f : max;
+  for (int s = lane; s < a.splits; s += 32) {
+    sum += states[2 * s + 1] * exp2_fast(states[2 * s] - reference);
+  }
+  for (int step = 16; step > 0; step /= 2) sum += shuffle_xor(sum, step);
   return make_float2(max, sum);
 }
 
 // Grid: [rows of all key heads when there are pieces to merge, then blocks of kThreads visual
 // tokens of all key heads when mass is wanted]. Each output has one writer that adds in a fixed
 // order, so the same inputs give the same bits. Bytes: outs and states once (4 D + 8 a row and
-// piece), logits once.
+// piece), logits once. The reads of the pieces do not depend on each other, so that many are under
+// way.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) routed_attention_combine(const DecodeLaunch a) {
   const RoutedAttentionParams& p = a.p;
   const int64_t heads = p.batch * p.key_heads;
   const int64_t merges = a.splits > 1 ? heads * a.rows : 0;
-  const int thread = threadIdx.x;
+  const int thread = threadIdx.x, warp = thread / 32;
+  float* shared = reinterpret_cast<float*>(dynamic_shared());
   if (blockIdx.x < merges) {
     const int64_t head = blockIdx.x / a.rows;
     const int row = static_cast<int>(blockIdx.x % a.rows);
     const int64_t batch_row = head / p.key_heads, key_head = head % p.key_heads;
     const float2 state = merged_state(a, head, row);
+    const float reference = state.x == -INFINITY ? 0.0f : state.x;
     const float norm = state.y > 0 ? 1.0f / state.y : 0.0f;
     if (thread == 0) store_lse(a, batch_row, key_head, row, state.x, state.y);
     const int64_t first = (head * a.padded_rows() + row) * a.splits;
+    float* weights = shared;  // [splits]
+    for (int s = thread; s < a.splits; s += kThreads) {
+      weights[s] = exp2_fast(a.states[2 * (first + s)] - reference) * norm;
+    }
+    __syncthreads();
     const int dim = static_cast<int>(p.head_dim);
     T* out = head_row<T>(p.out, batch_row, key_head * a.group + row % a.group, row / a.group);
     for (int d = thread; d < dim; d += kThreads) {
+      const float* part = a.outs + first * dim + d;
       float value = 0;
-      for (int s = 0; s < a.splits; ++s) {
-        const float max = a.states[2 * (first + s)];
-        if (max == -INFINITY) continue;
-        value += a.outs[(first + s) * dim + d] * exp2_fast(max - state.x);
-      }
-      out[d] = from_float<T>(value * norm);
+#pragma unroll 8
+      for (int s = 0; s < a.splits; ++s) value += part[static_cast<int64_t>(s) * dim] * weights[s];
+      out[d] = from_float<T>(value);
     }
     return;
   }
@@ -112,11 +124,11 @@ __global__ void __launch_bounds__(kThreads) routed_attention_combine(const Decod
   const int64_t batch_row = head / p.key_heads, key_head = head % p.key_heads;
   const RowKeys keys = row_keys(p, batch_row);
   const int64_t from = p.mass_from == nullptr ? 0 : p.mass_from[batch_row];
-  float* lse = reinterpret_cast<float*>(dynamic_shared());  // [rows], in units of log 2
-  for (int row = thread; row < a.rows; row += kThreads) {
+  float* lse = shared;  // [rows], in units of log 2
+  for (int row = warp; row < a.rows; row += kWarps) {
     const float2 state = merged_state(a, head, row);
     const bool counted = state.y > 0 && keys.first_position + row / a.group >= from;
-    lse[row] = counted ? state.x + log2f(state.y) : INFINITY;
+    if (thread % 32 == 0) lse[row] = counted ? state.x + log2f(state.y) : INFINITY;
   }
   __syncthreads();
   const int64_t token = index % blocks * kThreads + thread;

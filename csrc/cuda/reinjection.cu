@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kAppendThreads) append_plan_kernel(const Appen
     int missing = 0;
     for (int64_t i = thread; i < tokens + count; i += kAppendThreads) {
       const int64_t slot = i < tokens ? key_of_token(spans, p.num_spans, i) : length + (i - tokens);
-      missing += place_of(p, row, slot).block < 0;
+      missing += checked_place(p, row, slot).block < 0;
     }
     if (block_sum(missing, scratch) != 0) problem = kAppendNoBlock;
   }
@@ -216,9 +216,15 @@ void copy(const AppendLaunch& a, Stream stream) {
              view->batch_stride % kElements == 0 && view->head_stride % kElements == 0 &&
              view->row_stride % kElements == 0;
   }
-  launch("append_visual_copy",
-         vector ? &append_copy_kernel<T, true> : &append_copy_kernel<T, false>,
-         p.batch * p.key_heads * a.blocks_per_head, kAppendThreads, 64 + p.half * 8, stream, a);
+  const int64_t blocks = p.batch * p.key_heads * a.blocks_per_head;
+  const int64_t shared_bytes = 64 + p.half * 8;
+  if (vector) {
+    launch<&append_copy_kernel<T, true>>("append_visual_copy", blocks, kAppendThreads, shared_bytes,
+                                         stream, a);
+  } else {
+    launch<&append_copy_kernel<T, false>>("append_visual_copy", blocks, kAppendThreads,
+                                          shared_bytes, stream, a);
+  }
 }
 
 }  // namespace
@@ -240,11 +246,12 @@ void append_visual(const AppendVisualParams& p, int64_t capacity, int32_t* key_l
   // How many tokens there are is known on the device only: blocks stride over them.
   const int64_t most = p.selected == nullptr ? capacity : width;
   const int64_t wanted = (most + kTokens - 1) / kTokens;
-  const int64_t enough =
-      (8 * current_device().multiprocessors + p.batch * p.key_heads - 1) / (p.batch * p.key_heads);
+  // One wave of them.
+  const int64_t most_blocks = 8 * current_device().multiprocessors / (p.batch * p.key_heads);
+  const int64_t enough = most_blocks < 1 ? 1 : most_blocks;
   a.blocks_per_head = wanted < 1 ? 1 : (wanted < enough ? wanted : enough);
-  launch("append_visual_plan", &append_plan_kernel, p.batch, kAppendThreads,
-         kAppendThreads / 32 * 4, stream, a);
+  launch<&append_plan_kernel>("append_visual_plan", p.batch, kAppendThreads,
+                              kAppendThreads / 32 * 4, stream, a);
   if (p.dtype == DType::kBFloat16) {
     copy<BFloat16>(a, stream);
   } else if (p.dtype == DType::kFloat16) {

@@ -24,6 +24,26 @@ bool aligned(const HeadsView& view) {
 
 int64_t padded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
+// The kernels of one call; `tensor_cores` is null for a type that has no such kernel.
+template <typename T>
+void run(const DecodePlan& plan, const DecodeLaunch& a, Stream stream,
+         void (*tensor_cores)(const DecodePlan&, const DecodeLaunch&, Stream)) {
+  const int64_t heads = a.p.batch * a.p.key_heads;
+  if (plan.tensor_cores) {
+    tensor_cores(plan, a, stream);
+  } else {
+    launch<&routed_attention_simt<T>>("routed_attention_simt", heads * a.row_blocks * a.splits,
+                                      kThreads, plan.shared_bytes, stream, a);
+  }
+  if (!a.needs_combine()) return;
+  const int64_t merges = a.splits > 1 ? heads * a.rows : 0;
+  const int64_t tokens = a.logits == nullptr ? 0 : (a.num_visual + kThreads - 1) / kThreads;
+  // Weights of the pieces, or the log-sum-exp of each row.
+  const int64_t floats = a.logits != nullptr && a.rows > a.splits ? a.rows : a.splits;
+  launch<&routed_attention_combine<T>>("routed_attention_combine", merges + heads * tokens,
+                                       kThreads, floats * 4, stream, a);
+}
+
 }  // namespace
 
 DecodePlan plan_decode(const RoutedAttentionParams& p, int64_t num_visual, const Device& device) {
@@ -58,12 +78,16 @@ DecodePlan plan_decode(const RoutedAttentionParams& p, int64_t num_visual, const
     blocks_per_multiprocessor = 4;
   }
   plan.row_blocks = static_cast<int>((rows + plan.block_rows - 1) / plan.block_rows);
-  // A piece below this many keys would spend more on its merge than on its keys.
-  constexpr int64_t kMinKeys = 128;
-  const int64_t blocks = p.batch * p.key_heads * plan.row_blocks;
+  if (plan.shared_bytes > device.shared_per_block) {
+    throw std::runtime_error(
+        "lookagain_ext: routed_attention with " + std::to_string(again) +
+        " columns of re-injections and head size " + std::to_string(p.head_dim) + " needs " +
+        std::to_string(plan.shared_bytes) + " bytes of shared memory, this GPU has " +
+        std::to_string(device.shared_per_block) + "; use fewer columns");
+  }
   plan.splits =
-      static_cast<int>(choose_splits(blocks, device.multiprocessors * blocks_per_multiprocessor,
-                                     (p.keys + kMinKeys - 1) / kMinKeys));
+      static_cast<int>(choose_splits(p.batch * p.key_heads * plan.row_blocks,
+                                     device.multiprocessors * blocks_per_multiprocessor, p.keys));
   const int64_t heads = p.batch * p.key_heads;
   const int64_t padded_rows = static_cast<int64_t>(plan.row_blocks) * plan.block_rows;
   int64_t bytes = 0;
@@ -95,6 +119,7 @@ void routed_attention(const RoutedAttentionParams& p, int64_t num_visual, const 
   a.row_blocks = plan.row_blocks;
   a.splits = plan.splits;
   a.stages = plan.stages;
+  a.whole_tiles = p.head_dim == plan.dim && (p.block_table == nullptr || p.block_size % 16 == 0);
   a.num_visual = num_visual;
   a.scale = static_cast<float>(p.scale) * kLog2e;
   char* workspace =
@@ -103,28 +128,12 @@ void routed_attention(const RoutedAttentionParams& p, int64_t num_visual, const 
   a.outs = reinterpret_cast<float*>(workspace + plan.outs);
   a.logits = p.mass == nullptr ? nullptr : reinterpret_cast<float*>(workspace + plan.logits);
 
-  const int64_t heads = p.batch * p.key_heads;
-  const int64_t blocks = heads * a.row_blocks * a.splits;
-  auto simt = [&](auto* kernel) {
-    launch("routed_attention_simt", kernel, blocks, kThreads, plan.shared_bytes, stream, a);
-  };
-  auto combine = [&](auto* kernel) {
-    const int64_t merges = a.splits > 1 ? heads * a.rows : 0;
-    const int64_t tokens = p.mass == nullptr ? 0 : (num_visual + kThreads - 1) / kThreads;
-    launch("routed_attention_combine", kernel, merges + heads * tokens, kThreads, a.rows * 4,
-           stream, a);
-  };
   if (p.dtype == DType::kBFloat16) {
-    plan.tensor_cores ? launch_decode_bfloat16(plan, a, stream)
-                      : simt(&routed_attention_simt<BFloat16>);
-    if (a.needs_combine()) combine(&routed_attention_combine<BFloat16>);
+    run<BFloat16>(plan, a, stream, &launch_decode_bfloat16);
   } else if (p.dtype == DType::kFloat16) {
-    plan.tensor_cores ? launch_decode_float16(plan, a, stream)
-                      : simt(&routed_attention_simt<Float16>);
-    if (a.needs_combine()) combine(&routed_attention_combine<Float16>);
+    run<Float16>(plan, a, stream, &launch_decode_float16);
   } else {
-    simt(&routed_attention_simt<float>);
-    if (a.needs_combine()) combine(&routed_attention_combine<float>);
+    run<float>(plan, a, stream, nullptr);
   }
 }
 

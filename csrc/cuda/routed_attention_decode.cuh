@@ -96,11 +96,6 @@ struct Decode {
     return keys.first_position + (row < a.rows ? row : a.rows - 1) / a.group;
   }
 
-  LA_DEVICE T* stage(int64_t tile) const {
-    const int64_t place = static_cast<int64_t>(warp) * a.stages + tile % a.stages;
-    return reinterpret_cast<T*>(ring) + place * kStage;
-  }
-
   // Whether some query sees a key, in its place or again. Other slots may hold anything.
   LA_DEVICE bool readable(int64_t key) const {
     if (key >= keys.end) return false;
@@ -112,27 +107,51 @@ struct Decode {
     return static_cast<const T*>(cache.data) + offset_of(cache, place, key_head);
   }
 
-  // Begins to copy keys and values of `tile`, this warp's `number`th; zeros for keys that no query
-  // sees, whose slots may hold anything.
-  LA_DEVICE void fetch(int64_t tile, int64_t number) {
-    T* to = stage(number);
+  // Begins to copy keys and values of `tile` into a stage of the ring.
+  LA_DEVICE void fetch(int64_t tile, T* to) {
     constexpr int kChunks = kDim / kChunk;
+    constexpr int kCopies = kTileKeys * kChunks / 32;  // of a lane, for keys and for values
+    const int64_t first_key = tile * kTileKeys;
+    SlotPlace place{-1, 0};
+    if (a.whole_tiles && first_key >= keys.begin && first_key + kTileKeys <= keys.end) {
+      place = checked_place(p, batch_row, first_key);
+    }
+    if (place.block < 0) return fetch_slot_by_slot(first_key, to);
+    const T* key = slot(p.key, place);
+    const T* value = slot(p.value, place);
 #pragma unroll
+    for (int n = 0; n < kCopies; ++n) {
+      const int row = (lane + 32 * n) / kChunks, chunk = (lane + 32 * n) % kChunks;
+      T* here = to + row * kPitch + chunk * kChunk;
+      copy_async(here, key + row * p.key.row_stride + chunk * kChunk, 16);
+      copy_async(here + kTileKeys * kPitch, value + row * p.value.row_stride + chunk * kChunk, 16);
+    }
+  }
+
+  // The same for tiles at the ends of a row, in small blocks, or of rows shorter than kDim: zeros
+  // for keys that no query sees, whose slots may hold anything.
+  LA_DEVICE void fetch_slot_by_slot(int64_t first_key, T* to) {
+    constexpr int kChunks = kDim / kChunk;
+#pragma unroll 1
     for (int i = lane; i < kTileKeys * kChunks; i += 32) {
       const int row = i / kChunks, chunk = i % kChunks;
-      const int64_t key = tile * kTileKeys + row;
-      // Where nothing is read the address still has to be one that exists.
-      SlotPlace place{0, 0};
-      bool there = readable(key) && chunk * kChunk < p.head_dim;
-      if (there) place = place_of(p, batch_row, key);
-      there = there && place.block >= 0;
-      const int bytes = there ? 16 : 0;
+      SlotPlace place{-1, 0};
+      if (readable(first_key + row) && chunk * kChunk < p.head_dim) {
+        place = checked_place(p, batch_row, first_key + row);
+      }
+      const bool there = place.block >= 0;
       const int column = there ? chunk * kChunk : 0;
-      if (!there) place = {0, 0};
-      copy_async(to + row * kPitch + chunk * kChunk, slot(p.key, place) + column, bytes);
-      copy_async(to + (kTileKeys + row) * kPitch + chunk * kChunk, slot(p.value, place) + column,
-                 bytes);
+      if (!there) place = {0, 0};  // where nothing is read the address still has to exist
+      T* here = to + row * kPitch + chunk * kChunk;
+      copy_async(here, slot(p.key, place) + column, there ? 16 : 0);
+      copy_async(here + kTileKeys * kPitch, slot(p.value, place) + column, there ? 16 : 0);
     }
+  }
+
+  // Whether a slot that is readable has a block; others have no place in the softmax either.
+  LA_DEVICE bool has_block(int64_t key) const {
+    return p.block_table == nullptr || key >= keys.end ||
+           checked_place(p, batch_row, key).block >= 0;
   }
 
   // The block's queries to shared memory: as they are, then turned by -shift of each active
@@ -185,6 +204,7 @@ struct Decode {
 #pragma unroll
       for (int i = 0; i < 4; ++i) logits[n][i] = 0;
     }
+    float other[4] = {0, 0, 0, 0};  // a second chain of products, where one would be waited for
     const T* key = tile + (lane % 8 + lane / 8 % 2 * 8) * kPitch + lane / 16 * kChunk;
     const T* query = rows + lane % 8 * kPitch + lane / 8 * kChunk;
 #pragma unroll(kColumns == 4 ? 1 : kSteps)  // four columns need their registers for the values
@@ -197,19 +217,20 @@ struct Decode {
         uint32_t right[4];
         load_matrices(right, query + n * 8 * kPitch + step * 16);
         multiply_add<T>(logits[n], left[0], right[0], right[1]);
-        multiply_add<T>(logits[n], left[1], right[2], right[3]);
+        multiply_add<T>(kColumns == 1 ? other : logits[n], left[1], right[2], right[3]);
       }
     }
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) logits[n][i] *= a.scale;
+      for (int i = 0; i < 4; ++i) logits[n][i] = (logits[n][i] + other[i]) * a.scale;
     }
   }
 
   // Adds what re-injections show of a tile to its logits, and keeps them for the mass.
   LA_DEVICE void look_again(const T* tile, const SpanCursor& cursor, int64_t first_key,
-                            float (&logits)[kColumns][4], float (&weights)[kColumns][4]) const {
+                            const bool (&present)[2], float (&logits)[kColumns][4],
+                            float (&weights)[kColumns][4]) const {
     int32_t token[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -222,7 +243,7 @@ struct Decode {
       bool shown[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        shown[j] = token[j] >= 0 && (selected == nullptr || selected[token[j]] != 0);
+        shown[j] = present[j] && is_shown(p.visual, selected, token[j]);
       }
       if (!any_lane(shown[0] || shown[1])) continue;
       const int32_t start = p.visual.start[batch_row * p.visual.num_reinjections + r];
@@ -257,20 +278,21 @@ struct Decode {
 
   LA_DEVICE void attend(const T* tile, int64_t first_key, SpanCursor& cursor) {
     float logits[kColumns][4], weights[kColumns][4];
+    const bool present[2] = {has_block(first_key + lane / 4), has_block(first_key + lane / 4 + 8)};
     score(tile, queries, logits);
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int32_t key = static_cast<int32_t>(first_key) + lane / 4 + i / 2 * 8;
-        const bool seen = key >= keys.begin && key <= place[n][i % 2];
+        const bool seen = key >= keys.begin && key <= place[n][i % 2] && present[i / 2];
         if (!seen) logits[n][i] = -INFINITY;
         weights[n][i] = 1;
       }
     }
     const bool visual = p.visual.num_spans > 0 && cursor.reaches(first_key, first_key + kTileKeys);
     if (visual && (active != 0 || a.logits != nullptr)) {
-      look_again(tile, cursor, first_key, logits, weights);
+      look_again(tile, cursor, first_key, present, logits, weights);
     }
     uint32_t packed[kColumns][2];
 #pragma unroll
@@ -341,11 +363,16 @@ struct Decode {
       end = position(last_row) + 1 > keys.begin ? position(last_row) + 1 : keys.begin;
     }
     const int64_t tiles = end > first ? (end + kTileKeys - 1) / kTileKeys - first_tile : 0;
-    const int64_t from = first_tile + split_begin(tiles, split, a.splits);
-    const int64_t to = first_tile + split_begin(tiles, split + 1, a.splits);
-    const int64_t mine = (to - from - warp + kWarps - 1) / kWarps;  // tiles from + warp, + 4, ...
+    // Tiles go around the warps of all pieces in turn: each gets its share of the visual ones.
+    const int64_t step = static_cast<int64_t>(kWarps) * a.splits;
+    int64_t tile = split * kWarps + warp;
+    const int mine = static_cast<int>(tile < tiles ? (tiles - tile + step - 1) / step : 0);
+    tile += first_tile;
+    T* const ring_begin =
+        reinterpret_cast<T*>(ring) + static_cast<int64_t>(warp) * a.stages * kStage;
+    T* const ring_end = ring_begin + a.stages * kStage;
     for (int i = 0; i < a.stages - 1; ++i) {
-      if (i < mine) fetch(from + warp + i * kWarps, i);
+      if (i < mine) fetch(tile + i * step, ring_begin + i * kStage);
       copy_async_commit();
     }
     load_queries();
@@ -365,13 +392,16 @@ struct Decode {
       }
     }
     SpanCursor cursor(row_spans(p.visual, batch_row), p.visual.num_spans);
-    for (int64_t i = 0; i < mine; ++i) {
-      const int64_t ahead = i + a.stages - 1;
-      if (ahead < mine) fetch(from + warp + ahead * kWarps, ahead);
+    T* here = ring_begin;
+    T* ahead = ring_begin + (a.stages - 1) * kStage;
+    for (int i = 0; i < mine; ++i, tile += step) {
+      if (i + a.stages - 1 < mine) fetch(tile + (a.stages - 1) * step, ahead);
       copy_async_commit();
       wait_for_tile();
-      attend(stage(i), (from + warp + i * kWarps) * kTileKeys, cursor);
+      attend(here, tile * kTileKeys, cursor);
       __syncwarp();  // before the next fetch overwrites this tile
+      here = here + kStage == ring_end ? ring_begin : here + kStage;
+      ahead = ahead + kStage == ring_end ? ring_begin : ahead + kStage;
     }
     copy_async_wait<0>();
     __syncthreads();

@@ -19,10 +19,14 @@ struct Simt {
   static constexpr int kMaxDim = 256;
   static constexpr int kPerLane = kMaxDim / 32;
 
-  // [queries of 1 + R sightings, kRows, D][tables][weights of the warps][states][outs]
+  // [queries of 1 + R sightings, kRows, D; at the end the warps' values][tables][weights][states]
+  static LA_HD int64_t first_bytes(int64_t reinjections, int64_t dim) {
+    const int64_t rows = 1 + reinjections > kWarps ? 1 + reinjections : kWarps;
+    return rows * kRows * dim * 4;
+  }
   static LA_HD int64_t shared_bytes(int64_t reinjections, int64_t half, int64_t dim) {
-    return (1 + reinjections) * kRows * dim * 4 + reinjections * half * 8 +
-           kWarps * kRows * 32 * 4 + kWarps * kRows * 8 + kWarps * kRows * dim * 4;
+    return first_bytes(reinjections, dim) + reinjections * half * 8 + kWarps * kRows * 32 * 4 +
+           kWarps * kRows * 8;
   }
 };
 
@@ -51,11 +55,10 @@ __global__ void __launch_bounds__(kThreads) routed_attention_simt(const DecodeLa
   const uint32_t active = active_reinjections(p.visual, batch_row, place[kRows - 1]);
 
   float* queries = reinterpret_cast<float*>(dynamic_shared());
-  float2* table = reinterpret_cast<float2*>(queries + (1 + again) * kRows * dim);
-  float* weights = reinterpret_cast<float*>(table + again * half) + warp * kRows * 32;
-  float2* states = reinterpret_cast<float2*>(reinterpret_cast<float*>(table + again * half) +
-                                             kWarps * kRows * 32);
-  float* outs = reinterpret_cast<float*>(states + kWarps * kRows);
+  float* outs = queries;
+  float2* table = reinterpret_cast<float2*>(dynamic_shared() + Traits::first_bytes(again, dim));
+  float2* states = table + again * half;
+  float* weights = reinterpret_cast<float*>(states + kWarps * kRows) + warp * kRows * 32;
 
   for (int i = threadIdx.x; i < again * half; i += kThreads) {
     table[i] = turn_of(p.visual.shift[batch_row * again + i / half], p.visual.inv_freq[i % half]);
@@ -99,12 +102,12 @@ __global__ void __launch_bounds__(kThreads) routed_attention_simt(const DecodeLa
   };
   const int64_t first_tile = first / 32;
   const int64_t tiles = keys.end > first ? (keys.end + 31) / 32 - first_tile : 0;
-  const int64_t from = first_tile + split_begin(tiles, split, a.splits);
-  const int64_t to = first_tile + split_begin(tiles, split + 1, a.splits);
   SpanCursor cursor(spans, p.visual.num_spans);
-  for (int64_t tile = from + warp; tile < to; tile += kWarps) {
+  const int64_t step = static_cast<int64_t>(kWarps) * a.splits;
+  for (int64_t tile = first_tile + split * kWarps + warp; tile < first_tile + tiles; tile += step) {
     const int32_t key = static_cast<int32_t>(tile * 32) + lane;
-    const SlotPlace place_in_cache = readable(key) ? place_of(p, batch_row, key) : SlotPlace{-1, 0};
+    const SlotPlace place_in_cache =
+        readable(key) ? checked_place(p, batch_row, key) : SlotPlace{-1, 0};
     const bool there = place_in_cache.block >= 0;
     const T* key_row = static_cast<const T*>(p.key.data) +
                        (there ? offset_of(p.key, place_in_cache, key_head) : 0);
@@ -127,11 +130,11 @@ __global__ void __launch_bounds__(kThreads) routed_attention_simt(const DecodeLa
       weight[r] = 1;
     }
     if (p.visual.num_spans > 0 && cursor.reaches(tile * 32, tile * 32 + 32)) {
-      const int32_t token = there ? cursor.token(key, tile * 32 + 32) : -1;
+      const int32_t token = cursor.token(key, tile * 32 + 32);
       for (uint32_t rest = active; rest != 0; rest &= rest - 1) {
         const int n = lowest_bit(rest);
         const uint8_t* selected = row_selected(p.visual, batch_row, n);
-        const bool shown = token >= 0 && (selected == nullptr || selected[token] != 0);
+        const bool shown = there && is_shown(p.visual, selected, token);
         if (!any_lane(shown)) continue;
         float more[kRows];
         score(queries + (1 + n) * kRows * dim, more);
@@ -170,7 +173,7 @@ __global__ void __launch_bounds__(kThreads) routed_attention_simt(const DecodeLa
     for (int j = 0; j < 32; ++j) {
       const int64_t slot = tile * 32 + j;
       if (!readable(slot)) continue;
-      const SlotPlace where = place_of(p, batch_row, slot);
+      const SlotPlace where = checked_place(p, batch_row, slot);
       if (where.block < 0) continue;
       const T* value_row =
           static_cast<const T*>(p.value.data) + offset_of(p.value, where, key_head);
@@ -185,6 +188,7 @@ __global__ void __launch_bounds__(kThreads) routed_attention_simt(const DecodeLa
     }
     __syncwarp();
   }
+  __syncthreads();  // the queries are done with
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     float total = sum[r];

@@ -55,11 +55,12 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(const SelectPara
       if ((rank & mask) == prefix) atomicAdd(&histogram[rank >> shift & 255], 1);
     }
     __syncthreads();
-    if (thread == 0) {
-      int bin = 0, taken = 0;
-      while (taken + histogram[bin] < left) taken += histogram[bin++];
-      chosen_bin[0] = bin;
-      chosen_bin[1] = left - taken;
+    int before = 0;  // in lower bins; each thread adds for itself, without waiting for another
+#pragma unroll 8
+    for (int bin = 0; bin < kSelectThreads; ++bin) before += bin < thread ? histogram[bin] : 0;
+    if (before < left && left <= before + histogram[thread]) {
+      chosen_bin[0] = thread;
+      chosen_bin[1] = left - before;
     }
     __syncthreads();
     prefix |= static_cast<uint32_t>(chosen_bin[0]) << shift;
@@ -82,8 +83,8 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(const SelectPara
 
 void select_visual_tokens(const SelectParams& p, Stream stream) {
   if (p.width == 0) return;
-  launch("select_visual_tokens", &select_kernel, p.batch, kSelectThreads,
-         (256 + 2 + kSelectThreads / 32) * 4, stream, p);
+  launch<&select_kernel>("select_visual_tokens", p.batch, kSelectThreads,
+                         (256 + 2 + kSelectThreads / 32) * 4, stream, p);
 }
 
 }  // namespace cuda

@@ -1,7 +1,7 @@
 """Calls of the CUDA kernels: the current stream, workspaces, and what has no kernel yet.
 
 Queries beyond a decode step's go through the decode kernel too, in blocks of rows. Gradients, and
-the visual mass of long queries, are computed by the reference.
+the visual mass apart from the attention, are computed by the reference.
 """
 
 from __future__ import annotations
@@ -38,53 +38,55 @@ def routed_attention(
     scale: float,
 ) -> None:
     """Writes `out` and `lse`, adds to `visual_mass`; the ops' own arguments otherwise."""
-    counted = visual_mass if query.shape[2] <= MOST_COUNTED_QUERIES else None
-    spans, inv_freq, shift, start, selected = visual
-    launch_routed_attention(
-        query,
-        key,
-        value,
-        out,
-        lse,
-        counted,
-        _packed(mass_from) if counted is not None else None,
-        _packed(key_start),
-        _packed(key_length),
-        _packed(spans),
-        _packed(inv_freq),
-        _packed(shift),
-        _packed(start),
-        _packed(selected),
-        _packed(block_table),
-        scale,
-    )
-    if visual_mass is not None and counted is None:
-        reference.routed_attention(
-            query,
+    spans, inv_freq, shift, start, selected = (_packed(x) for x in visual)
+    rest = (spans, inv_freq, shift, start, selected, _packed(block_table), scale)
+    key_start, key_length, mass_from = (_packed(x) for x in (key_start, key_length, mass_from))
+    queries = query.shape[2]
+    if visual_mass is None or queries <= MOST_COUNTED_QUERIES:
+        launch_routed_attention(
+            query, key, value, out, lse, visual_mass, mass_from, key_start, key_length, *rest
+        )
+        return
+    # The kernel keeps the logits of a decode step's queries only: longer ones go in parts.
+    if key_length is None:
+        key_length = torch.full(
+            (query.shape[0],), key.shape[2], dtype=torch.int32, device=query.device
+        )
+    for first in range(0, queries, MOST_COUNTED_QUERIES):
+        last = min(first + MOST_COUNTED_QUERIES, queries)
+        part = None if lse is None else lse.new_empty(*lse.shape[:2], last - first)
+        length = key_length - (queries - last)
+        launch_routed_attention(
+            query[:, :, first:last],
             key,
             value,
-            VisualContext(*visual),
-            scale=scale,
-            key_start=key_start,
-            key_length=key_length,
-            visual_mass=visual_mass,
-            mass_from=mass_from,
-            block_table=block_table,
+            out[:, :, first:last],
+            part,
+            visual_mass,
+            mass_from,
+            key_start,
+            length,
+            *rest,
         )
+        if lse is not None:
+            lse[:, :, first:last] = part
 
 
 def routed_attention_backward(
     grad_out: Tensor, tensors: tuple[Tensor | None, ...], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, through autograd over the reference."""
+    """Gradients of query, key and value, by the reference."""
     query, key, value, key_start, key_length, spans, *rest = tensors
-    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-    visual = None if spans is None else VisualContext(spans, *rest)
-    with torch.enable_grad():
-        out = reference.routed_attention(
-            *leaves, visual, scale=scale, key_start=key_start, key_length=key_length
-        )
-    return torch.autograd.grad(out, leaves, grad_out)
+    return reference.routed_attention_backward(
+        grad_out,
+        query,
+        key,
+        value,
+        None if spans is None else VisualContext(spans, *rest),
+        scale=scale,
+        key_start=key_start,
+        key_length=key_length,
+    )
 
 
 def visual_mass(
@@ -198,7 +200,8 @@ def _packed(tensor: Tensor | None) -> Tensor | None:
 
 
 def _stream(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream
+    # What torch.cuda.current_stream(device).cuda_stream gives, without building a Stream object.
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device())
 
 
 def _workspace(tensor: Tensor, size: int) -> Tensor:

@@ -35,9 +35,25 @@ struct Workspace {
   }
 };
 
+std::string message;
+
+// 0, or 1 with the message of what was thrown.
+template <typename Fn>
+int guarded(Fn fn) {
+  try {
+    fn();
+    return 0;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return 1;
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+const char* emulated_message() { return message.c_str(); }
 
 // Of the structs that Python fills in.
 void emulated_sizes(int64_t* sizes) {
@@ -55,25 +71,35 @@ void emulated_set(uint64_t seed, int multiprocessors, int64_t shared) {
 }
 
 // {tensor cores, compiled head size, columns, splits, stages}
-void emulated_plan(const RoutedAttentionParams* p, int64_t num_visual, int32_t* plan) {
-  const cuda::DecodePlan found = cuda::plan_decode(*p, num_visual, cuda::current_device());
+int emulated_plan(const RoutedAttentionParams* p, int64_t num_visual, int32_t* plan) {
+  cuda::DecodePlan found;
+  const int failed =
+      guarded([&] { found = cuda::plan_decode(*p, num_visual, cuda::current_device()); });
+  if (failed) return failed;
   plan[0] = found.tensor_cores;
   plan[1] = found.dim;
   plan[2] = found.columns;
   plan[3] = found.splits;
   plan[4] = found.stages;
+  return 0;
 }
 
-void emulated_routed_attention(const RoutedAttentionParams* p, int64_t num_visual) {
-  Workspace workspace;
-  cuda::routed_attention(*p, num_visual, workspace.allocate(), nullptr);
+int emulated_routed_attention(const RoutedAttentionParams* p, int64_t num_visual) {
+  return guarded([&] {
+    Workspace workspace;
+    cuda::routed_attention(*p, num_visual, workspace.allocate(), nullptr);
+  });
 }
 
-void emulated_select(const cuda::SelectParams* p) { cuda::select_visual_tokens(*p, nullptr); }
+int emulated_select(const cuda::SelectParams* p) {
+  return guarded([&] { cuda::select_visual_tokens(*p, nullptr); });
+}
 
-void emulated_append(const AppendVisualParams* p, int64_t capacity, int32_t* key_length,
-                     int64_t width, int32_t* failed) {
-  Workspace workspace;
-  cuda::append_visual(*p, capacity, key_length, width, failed, workspace.allocate(), nullptr);
+int emulated_append(const AppendVisualParams* p, int64_t capacity, int32_t* key_length,
+                    int64_t width, int32_t* failed) {
+  return guarded([&] {
+    Workspace workspace;
+    cuda::append_visual(*p, capacity, key_length, width, failed, workspace.allocate(), nullptr);
+  });
 }
 }
