@@ -4,8 +4,13 @@
 // elements at 16-byte boundaries.
 //
 // Grid: one block for each (batch row, key head, block of rows, piece of the key axis); 4 warps.
-// Each warp takes every fourth tile of 16 keys and streams keys and values through its own ring in
-// shared memory with asynchronous copies, so that warps wait for each other only at the very end.
+// Tiles of 16 keys go around the warps of all pieces in turn, so that each gets its share of the
+// visual ones, which cost more. A warp streams keys and values through its own ring in shared
+// memory with asynchronous copies; warps wait for each other only at the very end. Two blocks of a
+// multiprocessor have 8 warps x 2 tiles x 8 KB = 128 KB under way at D = 128; its share of 4.3 TB/s
+// and a latency of a microsecond ask for 33 KB. A whole tile is copied by straight code without a
+// test for each row: with 8 warps a tile may take 2 us, and instructions are what it takes them
+// for.
 //
 // Schedule: products are turned around, S^T = K Q^T and O^T = V^T P^T, so that the 16 rows of a
 // tensor-core tile are keys and its 8 columns are query rows: with G = 7 one eighth of the work is
@@ -19,7 +24,7 @@
 //
 // Visual mass: the logits of visual keys (log of the sum over sightings) are left in the workspace,
 // 4 (G L_q) bytes a key and key head next to 4 D of keys and values: 5 % at G = 7, D = 128. They
-// are normalised by whoever knows the whole softmax: this block, or the combine.
+// are normalised by the combine, which knows the whole softmax.
 //
 // Bytes: 4 D a key and key head, read once. FLOP: 32 D a key and key head for 8 rows, 16 D more a
 // visual key and re-injection. At D = 128 that is 8 FLOP a byte (16 with two re-injections over
