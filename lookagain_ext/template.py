@@ -250,6 +250,12 @@ def tag_ids(tokenizer: Any) -> dict[int, str]:  # noqa: ANN401 - or a processor
     return {int(number): tag for tag, number in ids.items()}
 
 
+def hidden_tokens(tokenizer: Any) -> set[int]:  # noqa: ANN401
+    """Ids of special tokens that are not part of an answer; the tags are, special or not."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {i for i, token in added if token.special and token.content not in TAGS}
+
+
 def parse_ids(ids: Sequence[int], tokenizer: Any) -> ParsedAnswer:  # noqa: ANN401
     """:func:`parse` on the token ids of an answer; offsets and lengths are in tokens.
 
