@@ -48,6 +48,7 @@ def test_llava_cot() -> None:
     assert row["completion"][0]["content"][0]["text"] == RESPONSE
     assert row["images"][0].size == (8, 6)
     assert row["prompt"][0]["content"][0] == {"type": "image"}
+    assert Records([cot(answer="4")], "llava-cot")[0].answer == "4"
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,8 @@ class Record:
 def read_llava_cot(row: Mapping[str, Any], number: int) -> Record:
     """A row of LLaVA-CoT's shape; of several exchanges the first.
 
+    The answer is the column ``answer`` if there is one, else what the conclusion says.
+
     Raises:
         ValueError: something is missing, or the answer has no conclusion.
     """
@@ -73,9 +75,8 @@ def read_llava_cot(row: Mapping[str, Any], number: int) -> Record:
         said.setdefault(str(turn.get("from")), turn.get("value") or "")
     if not {"human", "gpt"} <= said.keys():
         raise ValueError("conversations must hold one turn from 'human' and one from 'gpt'")
-    conclusion = parse(said["gpt"]).conclusion
-    answer = row.get("answer") if conclusion is None else conclusion
-    if answer is None:
+    answer = row.get("answer")
+    if answer is None and (answer := parse(said["gpt"]).conclusion) is None:
         raise ValueError("the answer has no <CONCLUSION>, and there is no column 'answer'")
     name = str(row.get("id") or number)
     return Record(name, _question(said["human"]), str(answer), _picture(row), said["gpt"])
