@@ -77,6 +77,36 @@ def test_killed_and_started_again_is_one_run(tmp_path, one_thread, capsys) -> No
     assert statuses.count("kept") >= 4  # it gets nine in ten right
 
 
+def test_questions_from_a_file_and_judges(tmp_path, one_thread, monkeypatch, endpoint) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets comes with the extra train")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = []
+    for number, record in enumerate(SceneRecords(4, seed=3)):
+        record.image.save(tmp_path / f"{number}.png")
+        about = {"image": f"{number}.png", "question": record.question, "answer": record.answer}
+        rows.append(json.dumps({"id": f"f{number}", **about}))
+    (tmp_path / "set.jsonl").write_text("\n".join(rows) + "\n")
+    judges = [f"m@{endpoint(said).url}" for said in ("incorrect", "correct", "It is incorrect.")]
+    run(
+        out=tmp_path / "out",
+        judge=judges,
+        **{
+            **DEFAULTS,
+            "questions": str(tmp_path / "set.jsonl"),
+            "temperature": 0.0,
+            "shard": "1/2",
+        },
+    )
+    files = {name: bytes_ for name, bytes_ in outputs(tmp_path / "out").items() if ".jsonl" in name}
+    assert files["kept-00001-of-00002.jsonl"] == b""
+    judged = [json.loads(line) for line in files["review-00001-of-00002.jsonl"].splitlines()]
+    rejected = files["rejected-00001-of-00002.jsonl"].splitlines()
+    assert len(judged) + len(rejected) == 2
+    assert len(judged) >= 1
+    assert all(row["votes"] == ["incorrect", "correct", "incorrect"] for row in judged)
+    assert {row["id"] for row in judged} <= {"f1", "f3"}
+
+
 def test_a_row_of_a_batch_is_the_row_alone(one_thread) -> None:
     model, processor = load("lookagain-tiny")
     answer = ModelAnswerer(model, processor, LookAgainConfig(), max_new_tokens=120)
