@@ -133,7 +133,7 @@ def _equal(said: str, answer: str) -> bool:
         return False
     from math_verify import parse, verify
 
-    # Its time limits are alarms, which only the main thread may set.
+    # Its time limits are alarms, which only the main thread may set: elsewhere there is none.
     limit = 5 if threading.current_thread() is threading.main_thread() else None
     sides = [parse(f"${_latex(one)}$", parsing_timeout=limit) for one in (answer, said)]
     return bool(all(sides) and verify(*sides, timeout_seconds=limit))
