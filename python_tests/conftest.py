@@ -1,10 +1,12 @@
 """Fixtures shared by all tests."""
 
+import threading
 from collections.abc import Iterator
 
 import emulated
 import pytest
 import torch
+from fake_endpoint import Endpoint
 
 from lookagain_ext._native import native
 
@@ -45,3 +47,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def endpoint():
+    """Starts small chat endpoints on this machine; all are closed at the end."""
+    started = []
+
+    def start(*replies) -> Endpoint:
+        server = Endpoint(*replies)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()

@@ -14,10 +14,10 @@ from PIL import Image
 
 from .. import __version__, analysis, plots
 from ..generation import LookAgainConfig, look_again
-from ..template import REFLECTION_END, parse
+from ..template import REFLECTION_END, hidden_tokens, parse
 from . import inputs
 from .errors import UserError
-from .printing import hidden_tokens, sighting
+from .printing import sighting
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, PreTrainedModel

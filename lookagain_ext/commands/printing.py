@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from ..template import REFLECTION, TAGS
+from ..template import REFLECTION, TAGS, hidden_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -66,12 +66,6 @@ def styled(answer: str, sightings: list[str]) -> Text:
         if piece == REFLECTION and (mark := next(marks, None)):
             text.append(f"{MARK} {mark}\n", "yellow")
     return text
-
-
-def hidden_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of special tokens that are not part of an answer; the tags are, special or not."""
-    added = tokenizer.added_tokens_decoder.items()
-    return {i for i, token in added if token.special and token.content not in TAGS}
 
 
 class AnswerPrinter:

@@ -50,7 +50,7 @@ _CAUTION = (
     "What I wrote so far says nothing about the picture, so it cannot decide the question.",
     "It would be easy to guess here, and a guess is often wrong.",
 )
-_LOOK = "I look at the picture again."
+LOOK = "I look at the picture again."
 
 
 def write_answer(question: Question, seed: int | str) -> str:
@@ -63,7 +63,7 @@ def write_answer(question: Question, seed: int | str) -> str:
             wrap("SUMMARY", f"The question asks {question.asks}."),
             wrap("CAPTION", rng.choice(_CAPTIONS)),
             wrap("REASONING", reasoning),
-            *(wrap("REFLECTION", f"{_LOOK} {look}") for look in question.looks),
+            *(wrap("REFLECTION", f"{LOOK} {look}") for look in question.looks),
             wrap("CONCLUSION", f" {question.answer} "),
         )
     )
@@ -107,7 +107,7 @@ def write_short_answers(scene: Scene, seed: int | str, items: int = 7) -> list[t
 
 def corpus(samples: int = 3000) -> list[str]:
     """Texts that hold every word of the shipped task; the vocabulary is read off them."""
-    texts = [*_CAUTION, *_CAPTIONS, _LOOK, *(" ".join(f" {cell} {cell}" for cell in CELLS),)]
+    texts = [*_CAUTION, *_CAPTIONS, LOOK, *(" ".join(f" {cell} {cell}" for cell in CELLS),)]
     for i in range(samples):
         question = ask(Scene.random(f"corpus-{i}"), f"corpus-{i}")
         texts += [question.text, write_answer(question, i)]
