@@ -46,6 +46,7 @@ def make_trainer(folder, way="copy", lora=False, note="", tied=True, steps=STEPS
         "max_completion_length": 12,
         "max_steps": 1,
         "learning_rate": 1e-3,
+        "warmup_steps": 0,
         "logging_steps": 1,
         "bf16": False,
         "use_cpu": True,
@@ -64,6 +65,7 @@ def make_trainer(folder, way="copy", lora=False, note="", tied=True, steps=STEPS
         peft_config=LoraConfig(task_type=lora or None, **LORA) if lora is not False else None,
     )
     trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1  # what train() sets
     return trainer, recorder
 
 
@@ -222,7 +224,9 @@ def test_detached_when_training_raises(tmp_path):
 
 
 def test_checkpoint_says_how_the_model_looks_and_resumes(tmp_path):
-    trainer, recorder = make_trainer(tmp_path, "copy", max_steps=2, save_strategy="steps", save_steps=1)
+    trainer, recorder = make_trainer(
+        tmp_path, "copy", max_steps=2, save_strategy="steps", save_steps=1
+    )
     trainer.train()
     straight = [p.detach().clone() for p in trainer.model.parameters()]
     saved = json.loads((tmp_path / "out/checkpoint-1/config.json").read_text())

@@ -7,9 +7,10 @@ handed over as reward functions, and its settings, which are the defaults of `BR
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Generator, nn
 
 from ..config import LookAgainConfig
 from ..template import REFLECTION, REFLECTION_END
@@ -105,6 +106,7 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
       two tokens at the cut are equal within the precision of the dtype.
     - It logs `reflections/count` (a mean over answers), `reflections/length` (tokens, a mean over
       reflections) and `reflections/answers` (the share of answers with any).
+    - A resumed run takes its data in the order in which it would have gone on.
     - `train_vision` and `train_tags_only` choose what trains.
 
     Args:
@@ -155,6 +157,18 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
         reference = [] if self.ref_model is None else [self.ref_model]
         return [*super()._models_that_look(), *reference]
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:  # noqa: ANN401 - as GRPOTrainer's
+        """GRPOTrainer's, with an order that depends on the epoch alone.
+
+        Its own order goes on from the epoch before, so that a resumed run would see the first
+        epoch's order again.
+        """
+        sampler = super()._get_train_sampler(dataset)
+        generator = getattr(sampler, "generator", None)
+        if generator is not None:
+            sampler.set_epoch = partial(_seed_epoch, generator, self.args.seed)
+        return sampler
+
     def _calculate_rewards(
         self,
         inputs: Any,  # noqa: ANN401 - as GRPOTrainer's
@@ -173,6 +187,10 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
             if lengths:
                 self._log_metric("reflections/length", sum(lengths) / len(lengths))
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+
+def _seed_epoch(generator: Generator, seed: int, epoch: int) -> None:
+    generator.manual_seed(seed + epoch)
 
 
 def reflection_lengths(ids: list[int], opening: int, closing: int | None) -> list[int]:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config import LookAgainConfig
 from ..generation import LookAgainSession, look_again
@@ -62,6 +63,10 @@ class LookingTrainer:
     session writes how the model looks into its `config.json`. With "off" nothing is opened and
     nothing about the model changes.
 
+    Weights are read back from checkpoints through `from_pretrained`. The Trainer's own way takes
+    the names in the file for those of the module, which for Qwen2.5-VL they are not, and goes on
+    from the weights that the model had, with no more than a warning about missing keys.
+
     Attributes:
         look_again_config: how the models look again.
         look_again_sessions: the open sessions, the policy's first; empty when none is open.
@@ -114,3 +119,24 @@ class LookingTrainer:
         """Save within `looking`, so that `config.json` says how the model looks again."""
         with self.looking():
             super().save_model(*args, **keywords)
+
+    def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
+        """The Trainer's, by the names that `save_pretrained` gave to the weights."""
+        target = self.model if model is None else model
+        if self._reads_back(target):
+            loaded = type(target).from_pretrained(folder, dtype=target.dtype)
+            target.load_state_dict(loaded.state_dict())
+        else:
+            super()._load_from_checkpoint(folder, model)
+
+    def _load_best_model(self) -> None:
+        """The Trainer's, by the names that `save_pretrained` gave to the weights."""
+        if self._reads_back(self.model) and not self.is_deepspeed_enabled:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _reads_back(self, model: nn.Module) -> bool:
+        """Whether a checkpoint of it is what its class's `from_pretrained` reads."""
+        whole = isinstance(model, PreTrainedModel) and not self.is_fsdp_enabled
+        return whole and not getattr(model, "is_quantized", False)
