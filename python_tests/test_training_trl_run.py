@@ -127,6 +127,38 @@ def test_kill_and_resume_gives_the_same_weights(kind, tmp_path):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize("way", ["copy", "route"])
+def test_two_processes_of_which_one_reflects(way, tmp_path):
+    """No hang, and metrics of both."""
+    plan = config(tmp_path, trainer={**config(tmp_path).trainer, "max_steps": 2})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(plan.to_dict()))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import torch\n"
+        "from tiny_training import Recorder\n"
+        "from lookagain_ext.training import trl_run\n"
+        "made = trl_run.make_trainer\n"
+        "def make(*a):\n"
+        "    trainer = made(*a)\n"
+        "    assert trainer.accelerator.num_processes == 2\n"
+        "    steps = [[1, 3], [2], [], [0]] if trainer.accelerator.process_index else [[]] * 4\n"
+        "    Recorder(trainer.model, trainer.processing_class, steps)\n"
+        "    return trainer\n"
+        "trl_run.make_trainer = make\n"
+        "reward = lambda completion_ids, **_: [float(sum(i) % 97) for i in completion_ids]\n"
+        "trl_run.run('brpo', sys.argv[1], look_again=sys.argv[2], rewards=[reward])\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, str(script), str(tmp_path / "run.yaml"), way]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = read_metrics(Path(plan.output) / METRICS)
+    assert [line["reflections/count"] for line in lines] == [0.5, 0.5]
+
+
 def test_resume_refuses_another_configuration(tmp_path):
     short = {**config(tmp_path).trainer, "max_steps": 2}
     run("brpo", config(tmp_path, trainer=short), rewards=[length_reward], console=quiet())

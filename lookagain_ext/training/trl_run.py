@@ -84,11 +84,15 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = _checkpoint_to_resume(folder, config, resume)
     trainer = make_trainer(kind, config, rewards)
-    if trainer.is_world_process_zero():
+    first = trainer.is_world_process_zero()
+    if first:
         step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
         rewind_metrics(folder / METRICS, step)
         if checkpoint:
             console.print(f"going on from step {step}", markup=False)
+        else:
+            plain = yaml.safe_dump(config.to_dict(), sort_keys=False)
+            write_atomically(folder / "config.yaml", plain)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(_Report(folder, trainer, console))
@@ -99,7 +103,8 @@ def run(
         raise
     done = folder / "model"
     trainer.save_model(str(done))
-    console.print(f"{trainer.state.global_step} steps; model in {done}", markup=False)
+    if first:
+        console.print(f"{trainer.state.global_step} steps; model in {done}", markup=False)
     return done
 
 
@@ -199,7 +204,6 @@ def _checkpoint_to_resume(folder: Path, config: RunConfig, resume: bool) -> Path
     """The checkpoint to go on from, after a check that it is of this configuration."""
     found, written = last_checkpoint(folder), folder / "config.yaml"
     if found is None:
-        write_atomically(written, yaml.safe_dump(config.to_dict(), sort_keys=False))
         return None
     if not resume:
         raise ValueError(f"{folder} already holds {found.name}; resume it or choose another folder")
