@@ -156,6 +156,39 @@ def test_with_gradient_checkpointing(way, reentrant, tmp_path):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_training_with_gradient_checkpointing(reentrant, tmp_path):
+    """The same step as without, through the whole trainer."""
+    weights = []
+    for checkpointing in (False, True):
+        trainer, _ = make_trainer(
+            tmp_path / str(checkpointing),
+            "copy",
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+            optim="sgd",
+        )
+        ran = []
+        trainer.model.model.language_model.layers[0].register_forward_hook(
+            lambda module, *_, ran=ran: ran.append(module.gradient_checkpointing)
+        )
+        trainer.train()
+        assert any(ran) == checkpointing
+        weights.append([p.detach() for p in trainer.model.parameters()])
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-6)
+
+
+def test_order_of_the_data_depends_on_the_epoch_alone(tmp_path):
+    trainer, _ = make_trainer(tmp_path)
+    sampler = trainer._get_train_sampler(list(range(20)))
+    orders = []
+    for epoch in (0, 1, 2, 1):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[1] == orders[3] and orders[0] != orders[1] != orders[2]
+
+
 @pytest.mark.parametrize("lora", [False, None])
 @pytest.mark.parametrize("way", WAYS)
 def test_reference_model_is_the_policy_at_first(way, lora, tmp_path, monkeypatch):
