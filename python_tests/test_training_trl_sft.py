@@ -20,8 +20,8 @@ pytestmark = [
 WAYS = {"copy": "copy", "route": {"strategy": "route", "route_ratio": 0.3}, "off": "off"}
 
 
-def make_trainer(folder, way="copy", tied=True, note="", processor=None, **settings):
-    model, own = saved_model(folder / "model", tied)
+def make_trainer(folder, way="copy", tied=True, note="", lora=None, **settings):
+    model, processor = saved_model(folder / "model", tied)
     settings = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,
@@ -42,7 +42,8 @@ def make_trainer(folder, way="copy", tied=True, note="", processor=None, **setti
         model,
         LookAgainSFTConfig(str(folder / "out"), look_again=way, **settings),
         train_dataset=answered(4, note),
-        processing_class=processor or own,
+        processing_class=processor,
+        peft_config=lora,
     )
 
 
@@ -53,7 +54,9 @@ def snapshot(model):
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_only_the_tags_rows_train(tied, optim, tmp_path):
-    trainer = make_trainer(tmp_path, tied=tied, optim=optim, gradient_accumulation_steps=2)
+    settings = {"optim": optim, "gradient_accumulation_steps": 2}
+    settings["gradient_checkpointing"] = optim == "sgd"
+    trainer = make_trainer(tmp_path, tied=tied, **settings)
     model, rows = trainer.model, tag_ids(trainer.processing_class)
     before = snapshot(model)
     trainer.train()
@@ -96,6 +99,26 @@ def test_everything_trains_when_asked(tmp_path):
     for name, parameter in trainer.model.named_parameters():
         if not name.endswith("k_proj.bias"):
             assert not torch.equal(parameter, before[name]), f"{name} did not move"
+
+
+@pytest.mark.parametrize("tags", [False, True])
+def test_with_peft(tags, tmp_path):
+    """Adapters everywhere but in the vision tower; PEFT itself trains the tags' rows."""
+    peft = pytest.importorskip("peft", reason="needs the extra 'train'")
+    rows = tag_ids(saved_model(tmp_path / "rows")[1])
+    lora = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj", "v_proj", "qkv"],
+        trainable_token_indices=rows if tags else None,
+    )
+    trainer = make_trainer(tmp_path, tied=False, lora=lora)
+    before = snapshot(trainer.model)
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and all("lora_" in name or "trainable_tokens" in name for name in moved)
+    assert not [name for name in moved if ".visual." in name]
+    assert any("trainable_tokens" in name for name in moved) == tags
+    assert trainer.look_again_sessions == ()
 
 
 @pytest.mark.parametrize("way", WAYS)
