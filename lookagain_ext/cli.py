@@ -162,10 +162,38 @@ def sft(
         bool, typer.Option(help="Go on from a checkpoint in the folder, if there is one.")
     ] = True,
 ) -> None:
-    """Train the tiny model on drawn scenes, by supervised fine-tuning."""
+    """Supervised fine-tuning: of the tiny model on drawn scenes, or of any model through TRL.
+
+    A configuration with an entry "trainer" is for TRL, such as configs/qwen2.5-vl-7b/sft.yaml.
+    """
     from .commands.train import run_sft
 
     run_sft(config, out, resume)
+
+
+@train_app.command()
+@tells_errors
+def brpo(
+    config: Annotated[
+        str, typer.Option("--config", "-c", help="A YAML file, or one that the package brings.")
+    ] = "configs/tiny/brpo.yaml",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the run; default: the file's.")
+    ] = None,
+    look_again: Annotated[
+        str | None,
+        typer.Option(
+            help="What rollouts see in a reflection: copy, route, off; default: the file's."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from a checkpoint in the folder, if there is one.")
+    ] = True,
+) -> None:
+    """Balanced Reflective Policy Optimization, through TRL."""
+    from .commands.train import run_trl
+
+    run_trl("brpo", config, out, look_again, resume)
 
 
 if __name__ == "__main__":

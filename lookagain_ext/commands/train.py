@@ -17,12 +17,38 @@ def run_sft(config: str, out: Path | None, resume: bool) -> None:
     if out is not None:
         inputs.check_folder(out)
     from ..training.config import SFTConfig
+    from ..training.run_config import read_yaml
     from ..training.sft import train
 
     try:
+        if "trainer" in read_yaml(config):
+            run_trl("sft", config, out, None, resume)
+            return
         settings = SFTConfig.load(config)
         if out is None:
             inputs.check_folder(Path(settings.output))
         train(settings, output=out, resume=resume)
     except ValueError as error:
         raise UserError(str(error), "See lookagain train sft --help.") from error
+
+
+def run_trl(kind: str, config: str, out: Path | None, look_again: str | None, resume: bool) -> None:
+    """Train by a TRL trainer; going on where an earlier run stopped.
+
+    Raises:
+        UserError: the extra is not installed, the configuration is wrong, or the folder holds
+            another run.
+    """
+    if out is not None:
+        inputs.check_folder(out)
+    hint = f"See lookagain train {kind} --help."
+    try:
+        from ..training.trl_run import run
+
+        run(kind, config, output=out, look_again=look_again, resume=resume)
+    except ModuleNotFoundError as error:
+        if "lookagain_ext[train]" not in str(error):
+            raise
+        raise UserError(str(error), hint) from error
+    except ValueError as error:
+        raise UserError(str(error), hint) from error

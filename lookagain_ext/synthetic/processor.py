@@ -152,6 +152,18 @@ class SceneProcessor(ProcessorMixin):
             data["image_grid_thw"] = np.array([[1, grid, grid]] * len(pictures), dtype=np.int64)
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as its own
+        """As every processor's: tokens come unpadded and as lists unless asked otherwise.
+
+        Calling the processor itself pads and makes tensors, which trainers that pad batches
+        themselves do not expect of a chat template.
+        """
+        if kwargs.get("tokenize"):
+            plain = {"padding": False, "return_tensors": None}
+            plain = {name: value for name, value in plain.items() if name not in kwargs}
+            kwargs["processor_kwargs"] = {**plain, **(kwargs.get("processor_kwargs") or {})}
+        return super().apply_chat_template(*args, **kwargs)
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:  # noqa: ANN401
         """Write the tokenizer and ``preprocessor_config.json``; returns the files' names."""
         folder = Path(save_directory)

@@ -1,0 +1,142 @@
+"""The one flag of every trainer, `look_again`, and the sessions that it opens and closes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import LookAgainConfig
+from ..generation import LookAgainSession, look_again
+
+__all__ = ["LookingTrainer", "read_look_again"]
+
+_STRATEGIES = ("copy", "route", "off")
+
+
+def read_look_again(value: LookAgainConfig | dict[str, Any] | str | None) -> LookAgainConfig:
+    """The configuration that a trainer's `look_again` stands for.
+
+    Args:
+        value: a LookAgainConfig, a dict of its fields (or the same as JSON, from a command line),
+            one of "copy", "route" and "off", or None for "off".
+
+    Raises:
+        TypeError: if it is none of these.
+        ValueError: if a word or a field is unknown, or what it asks for cannot be trained.
+    """
+    if value is None:
+        value = "off"
+    if isinstance(value, str):
+        if value.lstrip().startswith("{"):
+            value = json.loads(value)
+        elif value in _STRATEGIES:
+            value = {"strategy": value}
+        else:
+            wanted = ", ".join(map(repr, _STRATEGIES))
+            raise ValueError(f"look_again must be one of {wanted} or a dict, got {value!r}")
+    if isinstance(value, dict):
+        value = LookAgainConfig.from_dict(value)
+    if not isinstance(value, LookAgainConfig):
+        hint = ": in YAML, put off in quotes" if value is False else ""
+        raise TypeError(
+            "look_again must be a LookAgainConfig, a dict of its fields, 'copy', 'route' or "
+            f"'off', got {value!r}{hint}"
+        )
+    if value.looks and value.keep == "latest":
+        raise ValueError(
+            "look_again: keep='latest' cannot be trained, since one forward over a whole sequence "
+            "cannot forget a re-injection; use keep='all'"
+        )
+    return value
+
+
+class LookingTrainer:
+    """What a trainer needs to look again; to be put before a transformers Trainer.
+
+    Sessions are open while the trainer trains, evaluates, predicts or saves, on every model that
+    `_models_that_look` names, and closed when it is done, also by an error. Saving within a
+    session writes how the model looks into its `config.json`. With "off" nothing is opened and
+    nothing about the model changes.
+
+    Weights are read back from checkpoints through `from_pretrained`. The Trainer's own way takes
+    the names in the file for those of the module, which for Qwen2.5-VL they are not, and goes on
+    from the weights that the model had, with no more than a warning about missing keys.
+
+    Attributes:
+        look_again_config: how the models look again.
+        look_again_sessions: the open sessions, the policy's first; empty when none is open.
+    """
+
+    look_again_config: LookAgainConfig
+    look_again_sessions: tuple[LookAgainSession, ...] = ()
+
+    def _models_that_look(self) -> list[nn.Module]:
+        """The models to open sessions on; a trainer with more than one adds to it."""
+        return [self.model]
+
+    @contextmanager
+    def looking(self) -> Iterator[tuple[LookAgainSession, ...]]:
+        """The models look again within this context; it may nest.
+
+        Yields:
+            The sessions, one for each model; none with "off".
+        """
+        if self.look_again_sessions or not self.look_again_config.looks:
+            yield self.look_again_sessions
+            return
+        with ExitStack() as stack:
+            opened = []
+            for model in self._models_that_look():
+                session = look_again(model, self.look_again_config, self.processing_class)
+                opened.append(stack.enter_context(session))
+            self.look_again_sessions = tuple(opened)
+            try:
+                yield self.look_again_sessions
+            finally:
+                self.look_again_sessions = ()
+
+    def train(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as the Trainer's
+        """Train within `looking`; arguments and result are the Trainer's."""
+        with self.looking():
+            return super().train(*args, **keywords)
+
+    def evaluate(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as the Trainer's
+        """Evaluate within `looking`; arguments and result are the Trainer's."""
+        with self.looking():
+            return super().evaluate(*args, **keywords)
+
+    def predict(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as the Trainer's
+        """Predict within `looking`; arguments and result are the Trainer's."""
+        with self.looking():
+            return super().predict(*args, **keywords)
+
+    def save_model(self, *args: Any, **keywords: Any) -> None:  # noqa: ANN401 - as the Trainer's
+        """Save within `looking`, so that `config.json` says how the model looks again."""
+        with self.looking():
+            super().save_model(*args, **keywords)
+
+    def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
+        """The Trainer's, by the names that `save_pretrained` gave to the weights."""
+        target = self.model if model is None else model
+        if self._reads_back(target):
+            loaded = type(target).from_pretrained(folder, dtype=target.dtype)
+            target.load_state_dict(loaded.state_dict())
+        else:
+            super()._load_from_checkpoint(folder, model)
+
+    def _load_best_model(self) -> None:
+        """The Trainer's, by the names that `save_pretrained` gave to the weights."""
+        if self._reads_back(self.model) and not self.is_deepspeed_enabled:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _reads_back(self, model: nn.Module) -> bool:
+        """Whether a checkpoint of it is what its class's `from_pretrained` reads."""
+        whole = isinstance(model, PreTrainedModel) and not self.is_fsdp_enabled
+        return whole and not getattr(model, "is_quantized", False)

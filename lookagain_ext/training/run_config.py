@@ -1,0 +1,101 @@
+"""Configuration of a run of a TRL trainer, as it stands in a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import PACKAGED
+
+KINDS = ("brpo", "sft")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run of `lookagain train` on TRL does.
+
+    Attributes:
+        output: folder of the run.
+        model: "lookagain-tiny", a folder, or a name on the hub; its vocabulary has the tags.
+        data: `{scenes: N, seed: S}` draws N questions; `{path: FILE}` reads a JSONL or Parquet
+            file, or a dataset on the hub, with the columns `question`, `image`, and `answer`
+            (BRPO) or `completion` (SFT).
+        trainer: fields of `BRPOConfig` or `LookAgainSFTConfig`, `look_again` among them.
+        rewards: for BRPO, keywords of `brpo_rewards`, and `weights`, one for each reward.
+        lora: fields of PEFT's LoraConfig; None trains the model itself.
+        dtype: of the parameters; None: as they were saved.
+        threads: of PyTorch; 0 leaves them.
+
+    Raises:
+        ValueError: if an entry is missing, unknown or wrong, by name.
+    """
+
+    output: str
+    model: str
+    data: dict[str, Any]
+    trainer: dict[str, Any] = field(default_factory=dict)
+    rewards: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
+    dtype: str | None = None
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without TRL."""
+        for name in ("data", "trainer", "rewards"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} must hold names and values, got {getattr(self, name)!r}")
+        if ("scenes" in self.data) == ("path" in self.data):
+            raise ValueError(f"data must have one of scenes and path, got {sorted(self.data)}")
+        if unknown := sorted(set(self.data) - {"scenes", "seed", "path", "split"}):
+            raise ValueError(f"data has no entry {', '.join(unknown)}")
+        if "output_dir" in self.trainer:
+            raise ValueError("trainer: the folder is named by output, not by output_dir")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as it stands in YAML."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunConfig:
+        """Check and build."""
+        names = {one.name for one in dataclasses.fields(cls)}
+        if unknown := sorted(set(data) - names):
+            raise ValueError(
+                f"the configuration has no entry {', '.join(unknown)}; known are: "
+                f"{', '.join(sorted(names))}"
+            )
+        if missing := sorted({"output", "model", "data"} - set(data)):
+            raise ValueError(f"the configuration needs {', '.join(missing)}")
+        return cls(**data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunConfig:
+        """Read a YAML file, or a packaged one such as "configs/tiny/brpo.yaml"."""
+        return cls.from_dict(read_yaml(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file's names and values; a file that is not here is looked for among the packaged.
+
+    Raises:
+        ValueError: if there is none, or it is no YAML of names and values.
+    """
+    given = Path(path)
+    inside = [part for part in given.parts if part != "configs"]
+    found = given if given.is_file() else PACKAGED.joinpath(*inside)
+    if given.is_absolute() or not found.is_file():
+        found = given
+    if not found.is_file():
+        packaged = sorted(str(one.relative_to(PACKAGED)) for one in PACKAGED.rglob("*.yaml"))
+        raise ValueError(f"no configuration {given}; packaged ones are: {', '.join(packaged)}")
+    try:
+        data = yaml.safe_load(found.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{found} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{found} must hold names and values, got {type(data).__name__}")
+    return data

@@ -1,0 +1,231 @@
+"""Runs of the TRL trainers by their configuration: files written, kills survived, words said."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("trl", reason="needs the extra 'train'")
+
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny_training import ANSWER, saved_model
+
+from lookagain_ext.synthetic.scenes import Scene
+from lookagain_ext.training.checkpoint import METRICS, read_metrics
+from lookagain_ext.training.run_config import RunConfig
+from lookagain_ext.training.trl_run import last_checkpoint, make_trainer, read_data, run
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
+TRAINER = {
+    "look_again": "copy",
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "report_to": [],
+}
+
+
+def length_reward(completion_ids, **_):
+    return [float(sum(ids) % 97) for ids in completion_ids]
+
+
+def config(folder: Path, kind: str = "brpo", **changes) -> RunConfig:
+    saved_model(folder / "base")
+    own = {"num_generations": 2, "max_completion_length": 8} if kind == "brpo" else {}
+    accumulate = {"gradient_accumulation_steps": 1}
+    return RunConfig.from_dict(
+        {
+            "output": str(folder / "run"),
+            "model": str(folder / "base"),
+            "data": {"scenes": 6, "seed": 3},
+            "trainer": {**TRAINER, **own, **accumulate},
+            "dtype": "float32",
+            **changes,
+        }
+    )
+
+
+def quiet() -> Console:
+    return Console(file=open(os.devnull, "w"), force_terminal=False)
+
+
+@pytest.mark.parametrize("kind", ["brpo", "sft"])
+def test_a_run_writes_what_it_promises(kind, tmp_path):
+    done = run(kind, config(tmp_path, kind), rewards=[length_reward], console=quiet())
+    assert done == tmp_path / "run/model"
+    assert json.loads((done / "config.json").read_text())["lookagain"]["strategy"] == "copy"
+    lines = read_metrics(tmp_path / "run" / METRICS)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all("loss" in line for line in lines)
+    assert RunConfig.load(tmp_path / "run/config.yaml") == config(tmp_path, kind)
+    if kind == "brpo":
+        assert all("reflections/count" in line and "kl" in line for line in lines)
+        assert all("rewards/length_reward/mean" in line for line in lines)
+        samples = (tmp_path / "run/samples.txt").read_text()
+        assert samples.count("--- step") == 4 and ">>> " in samples
+
+
+@pytest.mark.parametrize("kind", ["brpo", "sft"])
+def test_kill_and_resume_gives_the_same_weights(kind, tmp_path):
+    plan = config(tmp_path, kind)
+    straight = run(
+        kind, plan, output=tmp_path / "straight", rewards=[length_reward], console=quiet()
+    )
+    path, broken = tmp_path / "run.yaml", Path(plan.output)
+    path.write_text(yaml.safe_dump(plan.to_dict()))
+    # Hangs for good in its fourth step, after the checkpoint of the second.
+    script = (
+        "import sys, time\n"
+        "import torch\n"
+        "torch.set_num_threads(1)\n"
+        "from transformers import Trainer\n"
+        "from lookagain_ext.training.trl_run import run\n"
+        "step, done = Trainer.training_step, []\n"
+        "def slow(*a, **k):\n"
+        "    done.append(1)\n"
+        "    if len(done) == 4: time.sleep(600)\n"
+        "    return step(*a, **k)\n"
+        "Trainer.training_step = slow\n"
+        "reward = lambda completion_ids, **_: [float(sum(i) % 97) for i in completion_ids]\n"
+        "run(sys.argv[1], sys.argv[2], rewards=[reward])\n"
+    )
+    command = [sys.executable, "-c", script, kind, str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(broken / METRICS)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert last_checkpoint(broken).name == "checkpoint-2"
+    (broken / "checkpoint-3").mkdir()  # one that was cut short
+    resumed = run(kind, path, rewards=[length_reward], console=quiet())
+    ours, theirs = (load_file(one / "model.safetensors") for one in (resumed, straight))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-6, msg=name)
+    metrics = [read_metrics(one.parent / METRICS) for one in (resumed, straight)]
+    assert [line["step"] for line in metrics[0]] == [1, 2, 3, 4]
+    for one, other in zip(*metrics, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("way", ["copy", "route"])
+def test_two_processes_of_which_one_reflects(way, tmp_path):
+    """No hang, and metrics of both."""
+    plan = config(tmp_path, trainer={**config(tmp_path).trainer, "max_steps": 2})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(plan.to_dict()))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import torch\n"
+        "from tiny_training import Recorder\n"
+        "from lookagain_ext.training import trl_run\n"
+        "made = trl_run.make_trainer\n"
+        "def make(*a):\n"
+        "    trainer = made(*a)\n"
+        "    assert trainer.accelerator.num_processes == 2\n"
+        "    steps = [[1, 3], [2], [], [0]] if trainer.accelerator.process_index else [[]] * 4\n"
+        "    Recorder(trainer.model, trainer.processing_class, steps)\n"
+        "    return trainer\n"
+        "trl_run.make_trainer = make\n"
+        "reward = lambda completion_ids, **_: [float(sum(i) % 97) for i in completion_ids]\n"
+        "trl_run.run('brpo', sys.argv[1], look_again=sys.argv[2], rewards=[reward])\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, str(script), str(tmp_path / "run.yaml"), way]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = read_metrics(Path(plan.output) / METRICS)
+    assert [line["reflections/count"] for line in lines] == [0.5, 0.5]
+
+
+def test_resume_refuses_another_configuration(tmp_path):
+    short = {**config(tmp_path).trainer, "max_steps": 2}
+    run("brpo", config(tmp_path, trainer=short), rewards=[length_reward], console=quiet())
+    other = config(tmp_path, data={"scenes": 7})
+    with pytest.raises(ValueError, match="another configuration .data, trainer differ"):
+        run("brpo", other, rewards=[length_reward], console=quiet())
+    with pytest.raises(ValueError, match="already holds checkpoint-2"):
+        run("brpo", config(tmp_path, trainer=short), resume=False, console=quiet())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {}}, "data must have one of scenes and path"),
+        ({"data": {"scenes": 1, "sedd": 1}}, "data has no entry sedd"),
+        ({"trainer": {"output_dir": "x"}}, "named by output"),
+        ({"modle": "x"}, "the configuration has no entry modle"),
+        ({"trainer": {"lerning_rate": 1}}, "trainer: .*lerning_rate"),
+        ({"trainer": {"use_vllm": True, "look_again": "copy"}}, "use_vllm=True does not work"),
+        ({"lora": {"rank": 4}}, "lora: .*rank"),
+    ],
+)
+def test_wrong_configurations_are_named(changes, message, tmp_path):
+    if "lora" in changes:
+        saved_model(tmp_path / "base")
+    plain = {"output": str(tmp_path), "model": str(tmp_path / "base"), "data": {"scenes": 1}}
+    if "lora" in changes:
+        plain["trainer"] = {**TRAINER, "num_generations": 2}
+    with pytest.raises(ValueError, match=message):
+        make_trainer("brpo", RunConfig.from_dict({**plain, **changes}), [length_reward])
+
+
+def test_data_from_a_file(tmp_path):
+    Scene.random(1).render(1).save(tmp_path / "one.png")
+    rows = [
+        {
+            "question": f"{i}?",
+            "image": str(tmp_path / "one.png"),
+            "completion": ANSWER,
+            "answer": "2",
+        }
+        for i in range(2)
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = read_data("brpo", {"path": str(path)})
+    assert table[1]["prompt"] == [{"role": "user", "content": "1?"}]
+    assert table[1]["answer"] == "2" and table[1]["images"][0].size == (168, 168)
+    table = read_data("sft", {"path": str(path)})
+    assert table[0]["completion"] == [{"role": "assistant", "content": ANSWER}]
+    path.write_text('{"question": "a"}\n')
+    with pytest.raises(ValueError, match="data lacks the column answer, image"):
+        read_data("brpo", {"path": str(path)})
+
+
+@pytest.mark.parametrize("name", ["tiny/brpo", "qwen2.5-vl-7b/brpo", "qwen2.5-vl-7b/sft"])
+def test_packaged_configurations_are_valid(name, tmp_path):
+    from lookagain_ext.training.brpo import BRPOConfig
+    from lookagain_ext.training.trl_sft import LookAgainSFTConfig
+
+    found = RunConfig.load(f"configs/{name}.yaml")
+    made = BRPOConfig if name.endswith("brpo") else LookAgainSFTConfig
+    here = {"bf16": False, "use_cpu": True}
+    if name == "qwen2.5-vl-7b/brpo":  # 8 processes with 2 rows each are one with 16
+        here["per_device_train_batch_size"] = 8 * found.trainer["per_device_train_batch_size"]
+    args = made(str(tmp_path), **{**found.trainer, **here})
+    papers = made(str(tmp_path), bf16=False, use_cpu=True)
+    if name.startswith("qwen"):
+        for field in ("learning_rate", "warmup_steps", "adam_beta1", "adam_beta2"):
+            assert getattr(args, field) == getattr(papers, field)
