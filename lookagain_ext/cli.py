@@ -149,6 +149,67 @@ def bench(
     run(quick, out)
 
 
+@app.command()
+@tells_errors
+def distill(
+    questions: Annotated[
+        str, typer.Argument(help="A .jsonl or .parquet file, a hub data set, or scenes:COUNT.")
+    ],
+    reader: Annotated[
+        str, typer.Option(help="Shape of the records: geometry or llava-cot.")
+    ] = "geometry",
+    split: Annotated[str, typer.Option(help="Of a data set on the hub.")] = "train",
+    model: Model = "lookagain-tiny",
+    strategy: Annotated[
+        str, typer.Option("--strategy", "-s", help="What a reflection shows: copy, route or off.")
+    ] = "copy",
+    ratio: Ratio = 0.5,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the results; shards may share it.")
+    ] = Path("lookagain_out/distill"),
+    shard: Annotated[str, typer.Option(help="INDEX/COUNT: the questions this call does.")] = "0/1",
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 8,
+    max_new_tokens: MaxNewTokens = 1024,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", help="0 takes the likeliest token each time.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the sampling.")] = 0,
+    judge: Annotated[
+        list[str] | None, typer.Option(help="MODEL@URL of a chat endpoint; may be repeated.")
+    ] = None,
+    judge_key: Annotated[
+        str | None, typer.Option(help="Environment variable that holds the judges' key.")
+    ] = None,
+    judge_sees: Annotated[bool, typer.Option(help="Send the judges the picture.")] = False,
+    review_votes: Annotated[
+        int, typer.Option(min=1, help='So many "incorrect" send an answer to review.')
+    ] = 2,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+) -> None:
+    """Let a model answer questions, and keep the good answers as training data."""
+    from .commands.distill import run
+
+    run(
+        questions,
+        reader,
+        split,
+        model,
+        strategy,
+        ratio,
+        out,
+        shard,
+        batch_size,
+        max_new_tokens,
+        temperature,
+        seed,
+        judge or (),
+        judge_key,
+        judge_sees,
+        review_votes,
+        device,
+    )
+
+
 @train_app.command()
 @tells_errors
 def sft(
