@@ -23,7 +23,8 @@ from tiny_training import ANSWER, saved_model
 from lookagain_ext.synthetic.scenes import Scene
 from lookagain_ext.training.checkpoint import METRICS, read_metrics
 from lookagain_ext.training.run_config import RunConfig
-from lookagain_ext.training.trl_run import last_checkpoint, make_trainer, read_data, run
+from lookagain_ext.training.run_data import read_data
+from lookagain_ext.training.trl_run import last_checkpoint, make_trainer, run
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -212,6 +213,29 @@ def test_data_from_a_file(tmp_path):
     path.write_text('{"question": "a"}\n')
     with pytest.raises(ValueError, match="data lacks the column answer, image"):
         read_data("brpo", {"path": str(path)})
+
+
+def test_records_of_a_known_shape(tmp_path):
+    Scene.random(1).render(1).save(tmp_path / "one.png")
+    chat = [{"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": ANSWER}]
+    path = tmp_path / "cot.jsonl"
+    path.write_text(json.dumps({"id": "a", "image": "one.png", "conversations": chat}) + "\n")
+    row = read_data("sft", {"path": str(path), "reader": "llava-cot"})[0]
+    assert row["prompt"] == [{"role": "user", "content": "How many?"}]
+    assert row["completion"] == [{"role": "assistant", "content": ANSWER}]
+    assert row["images"][0].size == (168, 168)
+    path = tmp_path / "geometry.jsonl"
+    path.write_text(json.dumps({"problem": "How many?", "answer": "2", "image": "one.png"}) + "\n")
+    row = read_data("brpo", {"path": str(path), "reader": "geometry"})[0]
+    assert row["prompt"] == [{"role": "user", "content": "How many?"}] and row["answer"] == "2"
+    path.write_text(json.dumps({"problem": "Why?", "answer": "3", "image": "one.png"}) + "\n")
+    row = read_data("brpo", {"path": str(path), "reader": "geometry"})[0]
+    assert row["answer"] == "3"  # not what the cache has of the file as it was
+    path.write_text(json.dumps({"problem": "Why?", "answer": "3", "image": "none.png"}) + "\n")
+    with pytest.raises(ValueError, match="record 0 of .*geometry.jsonl"):
+        read_data("brpo", {"path": str(path), "reader": "geometry"})
+    with pytest.raises(ValueError, match="a reader needs a path"):
+        RunConfig("out", "lookagain-tiny", {"scenes": 3, "reader": "geometry"})
 
 
 @pytest.mark.parametrize("name", ["tiny/brpo", "qwen2.5-vl-7b/brpo", "qwen2.5-vl-7b/sft"])

@@ -23,7 +23,8 @@ class RunConfig:
         model: "lookagain-tiny", a folder, or a name on the hub; its vocabulary has the tags.
         data: `{scenes: N, seed: S}` draws N questions; `{path: FILE}` reads a JSONL or Parquet
             file, or a dataset on the hub, with the columns `question`, `image`, and `answer`
-            (BRPO) or `completion` (SFT).
+            (BRPO) or `completion` (SFT); with `reader: llava-cot` or `geometry` it holds records
+            of that shape, see `lookagain_ext.training.records`.
         trainer: fields of `BRPOConfig` or `LookAgainSFTConfig`, `look_again` among them.
         rewards: for BRPO, keywords of `brpo_rewards`, and `weights`, one for each reward.
         lora: fields of PEFT's LoraConfig; None trains the model itself.
@@ -50,7 +51,9 @@ class RunConfig:
                 raise ValueError(f"{name} must hold names and values, got {getattr(self, name)!r}")
         if ("scenes" in self.data) == ("path" in self.data):
             raise ValueError(f"data must have one of scenes and path, got {sorted(self.data)}")
-        if unknown := sorted(set(self.data) - {"scenes", "seed", "path", "split"}):
+        if "reader" in self.data and "path" not in self.data:
+            raise ValueError("data: a reader needs a path")
+        if unknown := sorted(set(self.data) - {"scenes", "seed", "path", "split", "reader"}):
             raise ValueError(f"data has no entry {', '.join(unknown)}")
         if "output_dir" in self.trainer:
             raise ValueError("trainer: the folder is named by output, not by output_dir")

@@ -20,11 +20,11 @@ from .run_config import KINDS, RunConfig
 from .trainable import tag_ids
 
 try:
-    from datasets import Dataset, Image, List, load_dataset
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
     from transformers.trainer_utils import set_seed
 
     from .brpo import BRPOConfig, BRPOTrainer
+    from .run_data import read_data
     from .trl_sft import LookAgainSFTConfig, LookAgainSFTTrainer
 except ModuleNotFoundError as error:
     from .extras import missing_extra
@@ -151,42 +151,6 @@ def make_trainer(
     return BRPOTrainer(model, rewards, **keywords)
 
 
-def read_data(kind: str, data: dict[str, Any]) -> Dataset:
-    """The training data, in TRL's columns.
-
-    Args:
-        kind: "brpo" needs answers to compare with, "sft" completions.
-        data: as in `RunConfig`.
-
-    Raises:
-        ValueError: if a column is missing.
-    """
-    last = "answer" if kind == "brpo" else "completion"
-    if "scenes" in data:
-        rows = _scenes(int(data["scenes"]), int(data.get("seed", 0)), last)
-        table = Dataset.from_dict(rows).cast_column("image", Image())
-    else:
-        path = str(data["path"])
-        split, form = data.get("split", "train"), Path(path).suffix.lstrip(".")
-        if form in ("json", "jsonl", "parquet"):
-            form = "parquet" if form == "parquet" else "json"
-            table = load_dataset(form, data_files=path, split=split)
-        else:
-            table = load_dataset(path, split=split)
-    if missing := sorted({"question", "image", last} - set(table.column_names)):
-        raise ValueError(f"data lacks the column {', '.join(missing)}; got {table.column_names}")
-
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        message = [{"role": "user", "content": row["question"]}]
-        answer = row[last]
-        if kind == "sft":
-            answer = [{"role": "assistant", "content": answer}]
-        return {"prompt": message, "images": [row["image"]], last: answer}
-
-    table = table.map(convert, remove_columns=["question", "image"])
-    return table.cast_column("images", List(Image()))
-
-
 def last_checkpoint(folder: Path) -> Path | None:
     """The latest whole checkpoint in a folder, or None; one cut short by a kill is passed over."""
     found = [one for one in folder.glob("checkpoint-*") if (one / "trainer_state.json").is_file()]
@@ -215,23 +179,6 @@ def _checkpoint_to_resume(folder: Path, config: RunConfig, resume: bool) -> Path
             names = ", ".join(different)
             raise ValueError(f"{folder} holds a run with another configuration ({names} differ)")
     return found
-
-
-def _scenes(count: int, seed: int, last: str) -> dict[str, list[Any]]:
-    """Drawn scenes with a question each, as `lookagain scene` draws them."""
-    from ..synthetic.answers import write_answer
-    from ..synthetic.questions import ask
-    from ..synthetic.scenes import Scene
-
-    rows: dict[str, list[Any]] = {"question": [], "image": [], last: []}
-    for number in range(count):
-        key = f"{seed}/{number}"
-        scene = Scene.random(key)
-        question = ask(scene, key)
-        rows["question"].append(question.text)
-        rows["image"].append(scene.render(1))
-        rows[last].append(question.answer if last == "answer" else write_answer(question, key))
-    return rows
 
 
 def _lora(fields: dict[str, Any] | None) -> Any:  # noqa: ANN401 - PEFT's LoraConfig
