@@ -12,7 +12,6 @@
 namespace lookagain {
 namespace cuda {
 
-constexpr int kMaxReinjections = 16;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 

@@ -231,7 +231,7 @@ void copy(const AppendLaunch& a, Stream stream) {
 
 void append_visual(const AppendVisualParams& p, int64_t capacity, int32_t* key_length,
                    int64_t width, int32_t* failed, const Allocate& allocate, Stream stream) {
-  if (p.batch == 0) return;
+  if (p.batch == 0 || p.key_heads == 0) return;
   AppendLaunch a;
   a.p = p;
   a.capacity = capacity;

@@ -55,12 +55,6 @@ struct Decode {
   static LA_HD int64_t table_bytes(int64_t reinjections, int64_t half) {
     return (reinjections * half * 8 + 15) / 16 * 16;
   }
-  static LA_HD int64_t merge_bytes() { return kWarps * kRows * (kDim + 4) * 4; }
-  static LA_HD int64_t shared_bytes(int64_t reinjections, int64_t half, int stages) {
-    const int64_t ring = static_cast<int64_t>(kWarps) * stages * kStage * 2;
-    return query_bytes(reinjections) + table_bytes(reinjections, half) +
-           (ring > merge_bytes() ? ring : merge_bytes());
-  }
 
   const DecodeLaunch& a;
   const RoutedAttentionParams& p;

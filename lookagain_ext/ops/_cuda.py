@@ -133,7 +133,7 @@ def append_visual_(
     check_room: bool,
 ) -> None:
     """The op; with `check_room` waits for the device and raises if nothing was written."""
-    failed = torch.empty(4, dtype=torch.int32, device=key_cache.device)
+    failed = torch.zeros(4, dtype=torch.int32, device=key_cache.device)  # none for no rows
     lengths = _packed(key_length)
     launch_append_visual_(
         key_cache,
