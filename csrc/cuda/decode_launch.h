@@ -15,6 +15,15 @@ namespace cuda {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// A 16-byte access as elements.
+template <typename T>
+union Chunk {
+  static constexpr int kElements = 16 / sizeof(T);
+  uint4 bits;
+  T elements[kElements];
+  LA_DEVICE Chunk() {}
+};
+
 struct DecodeLaunch {
   RoutedAttentionParams p;
   int group;           // G
@@ -24,6 +33,7 @@ struct DecodeLaunch {
   int splits;          // of the key axis
   int stages;          // tiles of keys and values in flight for a warp
   bool whole_tiles;    // 16 keys from a multiple of 16 on lie row by row, without gaps to fill
+  bool whole_queries;  // rows of queries lie at 16-byte boundaries
   int64_t num_visual;  // L_c
   float scale;         // on logits, in units of log 2
   float* states;       // [B, H_kv, padded rows, splits, 2]: max and sum of a piece

@@ -93,6 +93,7 @@ __global__ void __launch_bounds__(kThreads) routed_attention_combine(const Decod
   const int64_t merges = a.splits > 1 ? heads * a.rows : 0;
   const int thread = threadIdx.x, warp = thread / 32;
   float* shared = reinterpret_cast<float*>(dynamic_shared());
+  wait_for_previous_kernel();
   if (blockIdx.x < merges) {
     const int64_t head = blockIdx.x / a.rows;
     const int row = static_cast<int>(blockIdx.x % a.rows);

@@ -49,7 +49,14 @@ LA_DEVICE int block_sum(int value, int* scratch) {
   return sum;
 }
 
+// Elements of one access.
+template <typename T, int kWide>
+struct alignas(kWide * sizeof(T)) AppendPart {
+  T elements[kWide];
+};
+
 __global__ void __launch_bounds__(kAppendThreads) append_plan_kernel(const AppendLaunch a) {
+  let_next_kernel_start();
   int* scratch = reinterpret_cast<int*>(dynamic_shared());
   const AppendVisualParams& p = a.p;
   const int64_t row = blockIdx.x;
@@ -104,15 +111,8 @@ __global__ void __launch_bounds__(kAppendThreads) append_plan_kernel(const Appen
   a.problems[row] = taking_part ? problem : kFine;
 }
 
-// A 16-byte access as elements.
-template <typename T>
-union Chunk {
-  static constexpr int kElements = 16 / sizeof(T);
-  uint4 bits;
-  T elements[kElements];
-  LA_DEVICE Chunk() {}
-};
-
+// `width` lanes share a token. Each takes units of work in turn: two features of a key that turn
+// together, or two that are copied; a feature here is one access wide.
 template <typename T, bool kVector>
 __global__ void __launch_bounds__(kAppendThreads) append_copy_kernel(const AppendLaunch a) {
   const AppendVisualParams& p = a.p;
@@ -121,11 +121,18 @@ __global__ void __launch_bounds__(kAppendThreads) append_copy_kernel(const Appen
   index /= a.blocks_per_head;
   const int64_t head = index % p.key_heads, row = index / p.key_heads;
   const int thread = threadIdx.x;
+  const int half = static_cast<int>(p.half), dim = static_cast<int>(p.head_dim);
   int* scratch = reinterpret_cast<int*>(dynamic_shared());
   float2* table = reinterpret_cast<float2*>(dynamic_shared() + 64);  // [half]
+  for (int i = thread; i < half; i += kAppendThreads) {
+    table[i] = turn_of(p.shift[row], p.inv_freq[i]);
+  }
+  const int32_t* spans = p.spans + row * p.num_spans * 2;
+  const int64_t tokens = count_visual(spans, p.num_spans);
+  wait_for_previous_kernel();
   int bad = 0;
   for (int64_t b = thread; b < p.batch; b += kAppendThreads) bad += a.problems[b] != kFine;
-  bad = block_sum(bad, scratch);
+  bad = block_sum(bad, scratch);  // every thread has its part of the table by now, too
   const bool first_of_all = blockIdx.x == 0 && thread == 0;
   if (first_of_all) a.failed[0] = kFine;
   if (bad != 0) {
@@ -143,64 +150,55 @@ __global__ void __launch_bounds__(kAppendThreads) append_copy_kernel(const Appen
   if (chunk == 0 && head == 0 && thread == 0) {
     a.key_length[row] = static_cast<int32_t>(length + count);
   }
-  const int half = static_cast<int>(p.half), dim = static_cast<int>(p.head_dim);
-  for (int i = thread; i < half; i += kAppendThreads) {
-    table[i] = turn_of(p.shift[row], p.inv_freq[i]);
-  }
-  __syncthreads();
-  const int32_t* spans = p.spans + row * p.num_spans * 2;
-  const int64_t tokens = count_visual(spans, p.num_spans);
   const int32_t* numbers = p.selected == nullptr ? nullptr : a.numbers + row * a.width;
-  auto at = [&](const HeadsView& view, SlotPlace place) {
-    return static_cast<T*>(view.data) + offset_of(view, place, head);
-  };
   constexpr int kWide = kVector ? Chunk<T>::kElements : 1;
-  // A key's items: pairs of features that turn together, then those that do not turn. Then values.
+  using Part = AppendPart<T, kWide>;
   const int pairs = half / kWide, straight = (dim - 2 * half) / kWide;
-  const int items = pairs + straight + dim / kWide;
+  const int copied = straight + dim / kWide;  // the rest of a key, then the value
+  const int units = pairs + (copied + 1) / 2;
+  int width = 1;
+  while (width < units && width < 32) width *= 2;
+  const int group = thread / width, groups = kAppendThreads / width;
   for (int64_t first = chunk * kTokens; first < tokens; first += a.blocks_per_head * kTokens) {
     const int here = static_cast<int>(tokens - first < kTokens ? tokens - first : kTokens);
-    for (int i = thread; i < here * items; i += kAppendThreads) {
-      const int64_t token = first + i / items;
+    for (int i = group; i < here; i += groups) {
+      const int64_t token = first + i;
       const int64_t number = numbers == nullptr ? token : numbers[token];
       if (number < 0) continue;
       const SlotPlace from = place_of(p, row, key_of_token(spans, p.num_spans, token));
       const SlotPlace to = place_of(p, row, length + number);
-      int item = i % items;
-      if (item < pairs) {
-        T* source = at(p.key, from) + item * kWide;
-        T* target = at(p.key, to) + item * kWide;
-        if constexpr (kVector) {
-          Chunk<T> x, y, u, v;
-          x.bits = *reinterpret_cast<const uint4*>(source);
-          y.bits = *reinterpret_cast<const uint4*>(source + half);
+      T* const key = static_cast<T*>(p.key.data);
+      T* const value = static_cast<T*>(p.value.data);
+      const int64_t key_from = offset_of(p.key, from, head), key_to = offset_of(p.key, to, head);
+      const int64_t value_from = offset_of(p.value, from, head);
+      const int64_t value_to = offset_of(p.value, to, head);
+      for (int unit = thread % width; unit < units; unit += width) {
+        if (unit < pairs) {
+          const int feature = unit * kWide;
+          Part one = *reinterpret_cast<const Part*>(key + key_from + feature);
+          Part two = *reinterpret_cast<const Part*>(key + key_from + feature + half);
 #pragma unroll
           for (int e = 0; e < kWide; ++e) {
-            const float2 turn = table[item * kWide + e];
-            const float one = to_float(x.elements[e]), two = to_float(y.elements[e]);
-            u.elements[e] = from_float<T>(one * turn.x - two * turn.y);
-            v.elements[e] = from_float<T>(two * turn.x + one * turn.y);
+            const float2 turn = table[feature + e];
+            const float x = to_float(one.elements[e]), y = to_float(two.elements[e]);
+            one.elements[e] = from_float<T>(x * turn.x - y * turn.y);
+            two.elements[e] = from_float<T>(y * turn.x + x * turn.y);
           }
-          *reinterpret_cast<uint4*>(target) = u.bits;
-          *reinterpret_cast<uint4*>(target + half) = v.bits;
-        } else {
-          const float2 turn = table[item];
-          const float one = to_float(source[0]), two = to_float(source[half]);
-          target[0] = from_float<T>(one * turn.x - two * turn.y);
-          target[half] = from_float<T>(two * turn.x + one * turn.y);
+          *reinterpret_cast<Part*>(key + key_to + feature) = one;
+          *reinterpret_cast<Part*>(key + key_to + feature + half) = two;
+          continue;
         }
-        continue;
-      }
-      item -= pairs;
-      const bool of_key = item < straight;
-      const HeadsView& view = of_key ? p.key : p.value;
-      const int feature = of_key ? 2 * half + item * kWide : (item - straight) * kWide;
-      const T* source = at(view, from) + feature;
-      T* target = at(view, to) + feature;
-      if constexpr (kVector) {
-        *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(source);
-      } else {
-        *target = *source;
+        const int second = 2 * (unit - pairs) + 1;
+        auto at = [&](int item, int64_t of_key, int64_t of_value) {
+          T* element = item < straight ? key + of_key + 2 * half + item * kWide
+                                       : value + of_value + (item - straight) * kWide;
+          return reinterpret_cast<Part*>(element);
+        };
+        const bool both = second < copied;
+        const Part one = *at(second - 1, key_from, value_from);
+        const Part two = *at(both ? second : second - 1, key_from, value_from);
+        *at(second - 1, key_to, value_to) = one;
+        if (both) *at(second, key_to, value_to) = two;
       }
     }
   }
@@ -220,10 +218,10 @@ void copy(const AppendLaunch& a, Stream stream) {
   const int64_t shared_bytes = 64 + p.half * 8;
   if (vector) {
     launch<&append_copy_kernel<T, true>>("append_visual_copy", blocks, kAppendThreads, shared_bytes,
-                                         stream, a);
+                                         stream, a, Overlap::kYes);
   } else {
     launch<&append_copy_kernel<T, false>>("append_visual_copy", blocks, kAppendThreads,
-                                          shared_bytes, stream, a);
+                                          shared_bytes, stream, a, Overlap::kYes);
   }
 }
 

@@ -41,7 +41,7 @@ void run(const DecodePlan& plan, const DecodeLaunch& a, Stream stream,
   // Weights of the pieces, or the log-sum-exp of each row.
   const int64_t floats = a.logits != nullptr && a.rows > a.splits ? a.rows : a.splits;
   launch<&routed_attention_combine<T>>("routed_attention_combine", merges + heads * tokens,
-                                       kThreads, floats * 4, stream, a);
+                                       kThreads, floats * 4, stream, a, Overlap::kYes);
 }
 
 }  // namespace
@@ -120,6 +120,7 @@ void routed_attention(const RoutedAttentionParams& p, int64_t num_visual, const 
   a.splits = plan.splits;
   a.stages = plan.stages;
   a.whole_tiles = p.head_dim == plan.dim && (p.block_table == nullptr || p.block_size % 16 == 0);
+  a.whole_queries = aligned(p.query);
   a.num_visual = num_visual;
   a.scale = static_cast<float>(p.scale) * kLog2e;
   char* workspace =

@@ -156,44 +156,71 @@ struct Decode {
   // The block's queries to shared memory: as they are, then turned by -shift of each active
   // re-injection. Features past D and rows past the last are zeros.
   LA_DEVICE void load_queries() {
+    constexpr int kChunks = kDim / kChunk;
     float2* table =
         reinterpret_cast<float2*>(dynamic_shared() + query_bytes(p.visual.num_reinjections));
     const int half = static_cast<int>(p.visual.half), dim = static_cast<int>(p.head_dim);
     const int sightings = static_cast<int>(p.visual.num_reinjections);
-    for (int i = threadIdx.x; i < sightings * half; i += kThreads) {
-      const int32_t shift = p.visual.shift[batch_row * sightings + i / half];
-      table[i] = turn_of(shift, p.visual.inv_freq[i % half]);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < kRows * kDim; i += kThreads) {
-      const int row = i / kDim, feature = i % kDim;
+    for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
+      const int row = i / kChunks, feature = i % kChunks * kChunk;
       const int number = static_cast<int>(row_block) * kRows + row;
-      const bool there = number < a.rows && feature < dim;
-      const T* from =
-          head_row<T>(p.query, batch_row, key_head * a.group + (there ? number % a.group : 0),
-                      there ? number / a.group : 0);
-      T* to = queries + row * kPitch + feature;
-      *to = there ? from[feature] : T{0};
-      if (feature >= dim && feature >= 2 * half) {
-        for (int r = 0; r < sightings; ++r) to[(1 + r) * kRows * kPitch] = T{0};
-        continue;
-      }
-      if (feature >= half && feature < 2 * half) continue;  // with its partner
-      const float first = there ? to_float(from[feature]) : 0.0f;
-      const float second = there && feature < half ? to_float(from[feature + half]) : 0.0f;
-      for (int r = 0; r < sightings; ++r) {
-        if ((active >> r & 1) == 0) continue;
-        T* turned = to + (1 + r) * kRows * kPitch;
-        if (feature < half) {
-          const float2 turn = table[r * half + feature];
-          turned[0] = from_float<T>(first * turn.x + second * turn.y);
-          turned[half] = from_float<T>(second * turn.x - first * turn.y);
+      Chunk<T> chunk;
+      chunk.bits = uint4{0, 0, 0, 0};
+      if (number < a.rows && feature < dim) {
+        const T* from = head_row<T>(p.query, batch_row, key_head * a.group + number % a.group,
+                                    number / a.group);
+        if (a.whole_queries) {
+          chunk.bits = *reinterpret_cast<const uint4*>(from + feature);
         } else {
-          turned[0] = from_float<T>(first);
+          for (int e = 0; e < kChunk; ++e) chunk.elements[e] = from[feature + e];
         }
       }
+      *reinterpret_cast<uint4*>(queries + row * kPitch + feature) = chunk.bits;
+    }
+    if (active != 0) {
+      for (int i = threadIdx.x; i < sightings * half; i += kThreads) {
+        if ((active >> (i / half) & 1) == 0) continue;
+        const int32_t shift = p.visual.shift[batch_row * sightings + i / half];
+        table[i] = turn_of(shift, p.visual.inv_freq[i % half]);
+      }
+      __syncthreads();
+      if (half % kChunk == 0) {
+        turn_queries<kChunk>(table, sightings, half);
+      } else {
+        turn_queries<1>(table, sightings, half);
+      }
     }
     __syncthreads();
+  }
+
+  // Turned copies of the queries in shared memory, so many features at a time.
+  template <int kWide>
+  LA_DEVICE void turn_queries(const float2* table, int sightings, int half) {
+    struct alignas(kWide * sizeof(T)) Part {
+      T elements[kWide];
+    };
+    const int pairs = half / kWide, straight = (kDim - 2 * half) / kWide;
+    const int items = pairs + straight;
+    for (int i = threadIdx.x; i < sightings * kRows * items; i += kThreads) {
+      const int item = i % items, row = i / items % kRows, r = i / items / kRows;
+      if ((active >> r & 1) == 0) continue;
+      const int feature = item < pairs ? item * kWide : 2 * half + (item - pairs) * kWide;
+      const T* from = queries + row * kPitch + feature;
+      T* to = queries + ((1 + r) * kRows + row) * kPitch + feature;
+      Part first = *reinterpret_cast<const Part*>(from);
+      if (item < pairs) {
+        Part second = *reinterpret_cast<const Part*>(from + half);
+#pragma unroll
+        for (int e = 0; e < kWide; ++e) {
+          const float2 turn = table[r * half + feature + e];
+          const float x = to_float(first.elements[e]), y = to_float(second.elements[e]);
+          first.elements[e] = from_float<T>(x * turn.x + y * turn.y);
+          second.elements[e] = from_float<T>(y * turn.x - x * turn.y);
+        }
+        *reinterpret_cast<Part*>(to + half) = second;
+      }
+      *reinterpret_cast<Part*>(to) = first;
+    }
   }
 
   // Logits [16 keys, rows] of a tile for the queries of one sighting, times the scale.
@@ -374,6 +401,7 @@ struct Decode {
       if (i < mine) fetch(tile + i * step, ring_begin + i * kStage);
       copy_async_commit();
     }
+    let_next_kernel_start();
     load_queries();
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {

@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(kThreads) routed_attention_simt(const DecodeLa
   constexpr int kRows = Traits::kRows;
   const RoutedAttentionParams& p = a.p;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  let_next_kernel_start();
   int64_t index = blockIdx.x;
   const int64_t split = index % a.splits;
   index /= a.splits;

@@ -133,7 +133,9 @@ def append_visual_(
     check_room: bool,
 ) -> None:
     """The op; with `check_room` waits for the device and raises if nothing was written."""
-    failed = torch.zeros(4, dtype=torch.int32, device=key_cache.device)  # none for no rows
+    # Written by the kernel, which does not run for no rows and no heads.
+    new = torch.empty if key_length.numel() and key_cache.shape[1] else torch.zeros
+    failed = new(4, dtype=torch.int32, device=key_cache.device)
     lengths = _packed(key_length)
     launch_append_visual_(
         key_cache,
