@@ -8,6 +8,8 @@ import os
 import warnings
 from types import ModuleType
 
+import torch
+
 from . import __version__
 
 
@@ -49,12 +51,18 @@ def native() -> ModuleType:
     return module
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def use_kernels(device_type: str) -> bool:
     """Whether ops on this kind of device run on the extension's kernels, else on the reference.
 
-    LOOKAGAIN_BACKEND is read once for each kind of device.
+    LOOKAGAIN_BACKEND is read once for each kind of device. Under `torch.compile` the answer is a
+    constant of the compiled code: tracing would follow the import of the extension.
     """
+    return _use_kernels(device_type)
+
+
+@functools.cache
+def _use_kernels(device_type: str) -> bool:
     if os.environ.get("LOOKAGAIN_BACKEND") == "reference":
         return False
     if device_type == "cuda" and not build_info()["cuda_archs"]:
@@ -62,7 +70,7 @@ def use_kernels(device_type: str) -> bool:
             "lookagain_ext was built without CUDA kernels: ops on CUDA tensors run on the plain "
             "PyTorch reference, which is slow. Install it again with nvcc on the path "
             "(`pip install --force-reinstall --no-deps -C cmake.define.LOOKAGAIN_CUDA=ON .`).",
-            stacklevel=3,
+            stacklevel=4,
         )
         return False
     return device_type in ("cpu", "cuda")

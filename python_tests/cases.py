@@ -122,6 +122,10 @@ class Case:
         return Problem(*tensors, visual, *integers, mass_from, width)
 
 
+def on_cpu(problem: Problem) -> Problem:
+    return Problem(*(x if isinstance(x, int) else x.to("cpu") for x in problem))
+
+
 def _cast(x: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """To dtype and device with the strides kept, gaps between rows included."""
     storage = torch.empty(x.untyped_storage().nbytes() // 8, dtype=dtype, device=device)

@@ -218,7 +218,7 @@ def launch_routed_attention(
             params.visual.selected_stride = selected.stride(1)
             params.visual.selected_width = selected.shape[2]
     if plan is not None:
-        found = (ctypes.c_int32 * 5)()
+        found = (ctypes.c_int32 * 6)()
         _call("emulated_plan", ctypes.byref(params), ctypes.c_int64(width), found)
         plan[:] = list(found)
     _call("emulated_routed_attention", ctypes.byref(params), ctypes.c_int64(width))

@@ -8,6 +8,7 @@ from cases import Case
 from paging import page, paged_problem
 
 from lookagain_ext import VisualContext, ops
+from lookagain_ext._native import _use_kernels, native, use_kernels
 
 
 def flat(problem) -> tuple:
@@ -48,6 +49,19 @@ def test_opcheck_selection_and_append() -> None:
     shift, inv_freq = torch.tensor([3, 4], dtype=torch.int32), torch.rand(8)
     arguments = (cache, cache.clone(), length, spans, shift, inv_freq, None, None)
     torch.library.opcheck(torch.ops.lookagain.append_visual_.default, arguments)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_choice_of_kernels_is_a_constant_of_compiled_code(kind: str) -> None:
+    """Tracing it would follow the import of the extension, which does not compile."""
+    native.cache_clear()
+    _use_kernels.cache_clear()
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if use_kernels(kind) else x
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.zeros(3)), step(torch.zeros(3)))
 
 
 @pytest.mark.parametrize("queries", [1, 20])

@@ -59,16 +59,18 @@ def check(problem: Problem, found: Answer) -> None:
         )
 
 
-# (tensor cores, head size compiled for, blocks of 8 rows, pieces, tiles in flight)
+# (tensor cores, head size compiled for, blocks of 8 rows, pieces, tiles in flight, warps)
 @pytest.mark.parametrize(
     ("case", "multiprocessors", "shared", "plan"),
     [
-        (Case(groups=7, keys=600, size=128), 4, 227 << 10, [1, 128, 1, 2, 3]),
-        (Case(groups=7, keys=600, size=128), 16, 227 << 10, [1, 128, 1, 5, 3]),
-        (Case(groups=7, keys=600, size=128), 4, 99 << 10, [1, 128, 1, 1, 2]),
-        (Case(batch=1, groups=9, keys=300, size=80, again=3), 4, 99 << 10, [1, 96, 4, 2, 2]),
-        (Case(batch=1, groups=2, keys=200, size=256, again=16), 4, 99 << 10, [0, 256, 1, 2, 1]),
-        (Case(batch=1, groups=3, keys=130, size=64, queries=6), 1, 227 << 10, [1, 64, 4, 1, 4]),
+        (Case(groups=7, keys=600, size=128), 4, 227 << 10, [1, 128, 1, 1, 3, 4]),
+        (Case(groups=7, keys=600, size=128), 16, 227 << 10, [1, 128, 1, 4, 3, 4]),
+        (Case(groups=7, keys=600, size=128), 16, 99 << 10, [1, 128, 1, 4, 2, 2]),
+        (Case(groups=7, keys=600, size=128), 2, 163 << 10, [1, 128, 1, 1, 2, 4]),
+        (Case(batch=1, groups=9, keys=600, size=80, again=3), 16, 99 << 10, [1, 96, 4, 5, 2, 4]),
+        (Case(batch=1, groups=2, keys=600, size=256, again=16), 4, 99 << 10, [0, 256, 1, 5, 1, 4]),
+        (Case(batch=1, groups=3, keys=130, size=64, queries=6), 1, 227 << 10, [1, 64, 4, 1, 4, 4]),
+        (Case(batch=1, groups=7, keys=600, size=128, queries=4), 8, 99 << 10, [1, 128, 3, 2, 2, 4]),
     ],
     ids=lambda value: str(value),
 )

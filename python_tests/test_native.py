@@ -57,13 +57,13 @@ def test_a_missing_or_wrong_build_is_told_in_words(loading, outcome: object, wor
 def test_a_build_without_cuda_says_once_that_it_is_slow_there(loading) -> None:
     info = {"version": lookagain_ext.__version__, "cuda_archs": []}
     loading(SimpleNamespace(build_info=lambda: info))
-    _native.use_kernels.cache_clear()
+    _native._use_kernels.cache_clear()
     try:
         with pytest.warns(UserWarning, match="without CUDA kernels.*nvcc"):
             assert not _native.use_kernels("cuda")
         assert _native.use_kernels("cpu")
     finally:
-        _native.use_kernels.cache_clear()
+        _native._use_kernels.cache_clear()
 
 
 def test_the_reference_needs_no_extension() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DECODE, PREFILL, Case, Problem
+from cases import DECODE, PREFILL, Case, Problem, on_cpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from physical import Answer, assert_as_accurate_as, attend, error
@@ -27,10 +27,6 @@ def run(problem: Problem, op=ops.routed_attention, **kwargs) -> Answer:
         **kwargs,
     )
     return Answer(out, lse, mass)
-
-
-def on_cpu(problem: Problem) -> Problem:
-    return Problem(*(x if isinstance(x, int) else x.to("cpu") for x in problem))
 
 
 def check(problem: Problem, **kwargs) -> None:

@@ -15,6 +15,29 @@ namespace cuda {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+constexpr int kWarps = 4;  // of a block, at most
+constexpr int kThreads = 32 * kWarps;
+
+// The tensor-core kernel compiled for head size `dim` and `columns` blocks of 8 rows. A tile of a
+// warp is this many blocks of 16 keys: two hide each other's latency where registers allow it.
+LA_HD constexpr int decode_blocks(int dim, int columns) {
+  return columns == 1 && dim <= 128 ? 2 : 1;
+}
+// 16 bytes more than a row: eight rows of a matrix load then lie in different banks.
+LA_HD constexpr int decode_pitch(int dim) { return dim + 8; }
+// Its shared memory: queries of 1 + R sightings, then rings of tiles; at the end, in their places,
+// the states and the values of the warps.
+LA_HD constexpr int64_t decode_query_bytes(int dim, int rows, int64_t reinjections) {
+  return (1 + reinjections) * rows * decode_pitch(dim) * 2;
+}
+LA_HD constexpr int64_t decode_shared_bytes(int dim, int columns, int64_t reinjections, int warps,
+                                            int stages) {
+  const int64_t ring = static_cast<int64_t>(warps) * stages * 2 * 16 * decode_blocks(dim, columns) *
+                       decode_pitch(dim) * 2;
+  const int64_t merge = static_cast<int64_t>(warps) * 8 * columns * (dim + 4) * 4;
+  return decode_query_bytes(dim, 8 * columns, reinjections) + (ring > merge ? ring : merge);
+}
+
 // A 16-byte access as elements.
 template <typename T>
 union Chunk {
@@ -31,6 +54,7 @@ struct DecodeLaunch {
   int block_rows;      // rows of one block
   int row_blocks;      // blocks that cover the rows
   int splits;          // of the key axis
+  int warps;           // of a block
   int stages;          // tiles of keys and values in flight for a warp
   bool whole_tiles;    // 16 keys from a multiple of 16 on lie row by row, without gaps to fill
   bool whole_queries;  // rows of queries lie at 16-byte boundaries
@@ -41,14 +65,16 @@ struct DecodeLaunch {
   float* logits;       // [B, H_kv, L_c, padded rows], of all sightings together, or null
 
   LA_HD int64_t padded_rows() const { return static_cast<int64_t>(row_blocks) * block_rows; }
+  // Whether a block of the first kernel knows the whole softmax of all rows of its key head.
+  LA_HD bool whole_heads() const { return splits == 1 && row_blocks == 1; }
   // Whether a second kernel merges the pieces, or norms the mass.
-  LA_HD bool needs_combine() const { return splits > 1 || logits != nullptr; }
+  LA_HD bool needs_combine() const { return splits > 1 || (logits != nullptr && !whole_heads()); }
 };
 
 // The keys and the place of one batch row.
 struct RowKeys {
-  int64_t begin, end;      // of the keys that some query sees in their own place
-  int64_t first_position;  // key index of query 0; may be negative
+  int begin, end;      // of the keys that some query sees in their own place
+  int first_position;  // key index of query 0; may be negative
 };
 
 LA_DEVICE RowKeys row_keys(const AttentionSizes& p, int64_t batch_row) {
@@ -57,7 +83,7 @@ LA_DEVICE RowKeys row_keys(const AttentionSizes& p, int64_t batch_row) {
   // Values are not checked where a check would wait for the device: nothing outside is read.
   end = end < 0 ? 0 : (end > p.keys ? p.keys : end);
   begin = begin < 0 ? 0 : (begin > end ? end : begin);
-  return {begin, end, end - p.queries};
+  return {static_cast<int>(begin), static_cast<int>(end), static_cast<int>(end - p.queries)};
 }
 
 // As place_of, with block -1 for what a table does not name.
@@ -95,11 +121,11 @@ LA_DEVICE int64_t key_of_token(const int32_t* spans, int64_t num_spans, int64_t 
 }
 
 // First key that is read: `begin`, or a visual key before it that a query up to `last` sees again.
-LA_DEVICE int64_t first_read(const DecodeLaunch& a, const RowKeys& keys, int64_t batch_row,
-                             int64_t last) {
+LA_DEVICE int first_read(const DecodeLaunch& a, const RowKeys& keys, int64_t batch_row,
+                         int64_t last) {
   // Logits of visual keys are kept for all rows, whichever of them see what.
   if (a.logits != nullptr) last = keys.end - 1;
-  int64_t first = keys.begin;
+  int first = keys.begin;
   const VisualParams& visual = a.p.visual;
   if (active_reinjections(visual, batch_row, last) == 0) return first;
   const int32_t* spans = row_spans(visual, batch_row);

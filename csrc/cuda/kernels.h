@@ -49,6 +49,7 @@ struct DecodePlan {
   int columns = 0;  // blocks of 8 rows in a block
   int block_rows = 0, row_blocks = 0;
   int splits = 1, stages = 1;
+  int warps = 4;  // of a block
   int64_t shared_bytes = 0;
   int64_t states = 0, outs = 0, logits = 0;  // offsets in the workspace
   int64_t workspace_bytes = 0;

@@ -7,16 +7,6 @@ namespace lookagain {
 namespace cuda {
 namespace {
 
-// The ring, the queries and the tables of routed_attention_decode.cuh, in bytes.
-int64_t decode_shared_bytes(int64_t dim, int64_t rows, int64_t reinjections, int64_t half,
-                            int64_t stages) {
-  const int64_t pitch = dim + 8;
-  const int64_t ring = kWarps * stages * 2 * 16 * pitch * 2;
-  const int64_t merge = kWarps * rows * (dim + 4) * 4;
-  return (1 + reinjections) * rows * pitch * 2 + (reinjections * half * 8 + 15) / 16 * 16 +
-         (ring > merge ? ring : merge);
-}
-
 bool aligned(const HeadsView& view) {
   return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch_stride % 8 == 0 &&
          view.head_stride % 8 == 0 && view.row_stride % 8 == 0;
@@ -38,10 +28,8 @@ void run(const DecodePlan& plan, const DecodeLaunch& a, Stream stream,
   if (!a.needs_combine()) return;
   const int64_t merges = a.splits > 1 ? heads * a.rows : 0;
   const int64_t tokens = a.logits == nullptr ? 0 : (a.num_visual + kThreads - 1) / kThreads;
-  // Weights of the pieces, or the log-sum-exp of each row.
-  const int64_t floats = a.logits != nullptr && a.rows > a.splits ? a.rows : a.splits;
   launch<&routed_attention_combine<T>>("routed_attention_combine", merges + heads * tokens,
-                                       kThreads, floats * 4, stream, a, Overlap::kYes);
+                                       kThreads, combine_shared_bytes(a), stream, a, Overlap::kYes);
 }
 
 }  // namespace
@@ -52,21 +40,25 @@ DecodePlan plan_decode(const RoutedAttentionParams& p, int64_t num_visual, const
   const int64_t rows = p.query_heads / p.key_heads * p.queries;
   const int64_t again = p.visual.num_reinjections, half = p.visual.half;
   plan.dim = p.head_dim <= 64 ? 64 : (p.head_dim <= 96 ? 96 : (p.head_dim <= 128 ? 128 : 256));
-  plan.columns = rows <= 8 ? 1 : (plan.dim == 256 ? 2 : 4);
+  plan.columns = rows <= 8 ? 1 : (plan.dim == 256 ? 2 : (plan.dim == 128 ? 3 : 4));
   int64_t blocks_per_multiprocessor = 1;
   if ((p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && aligned(p.key) &&
       aligned(p.value)) {
-    // Two blocks with two tiles or more in flight for each warp; else one block with what fits.
-    for (int64_t blocks = 2; blocks >= 1 && !plan.tensor_cores; --blocks) {
-      const int64_t room = device.shared_per_multiprocessor / blocks - kReserved;
-      for (int stages = 4; stages >= (blocks == 2 ? 2 : 1); --stages) {
-        const int64_t bytes = decode_shared_bytes(plan.dim, 8 * plan.columns, again, half, stages);
+    // Two blocks where two or more tiles of each warp are in flight then; else one block with what
+    // fits, of fewer warps if only they have a tile in flight while they work on another.
+    constexpr struct {
+      int blocks, warps, least_stages;
+    } kWays[] = {{2, kWarps, 2}, {1, kWarps, 2}, {1, kWarps / 2, 2}, {1, kWarps / 2, 1}};
+    for (const auto& way : kWays) {
+      const int64_t room = device.shared_per_multiprocessor / way.blocks - kReserved;
+      for (int stages = 4; stages >= way.least_stages && !plan.tensor_cores; --stages) {
+        const int64_t bytes = decode_shared_bytes(plan.dim, plan.columns, again, way.warps, stages);
         if (bytes > room || bytes > device.shared_per_block) continue;
         plan.tensor_cores = true;
+        plan.warps = way.warps;
         plan.stages = stages;
         plan.shared_bytes = bytes;
-        blocks_per_multiprocessor = blocks;
-        break;
+        blocks_per_multiprocessor = way.blocks;
       }
     }
   }
@@ -91,7 +83,8 @@ DecodePlan plan_decode(const RoutedAttentionParams& p, int64_t num_visual, const
   const int64_t heads = p.batch * p.key_heads;
   const int64_t padded_rows = static_cast<int64_t>(plan.row_blocks) * plan.block_rows;
   int64_t bytes = 0;
-  if (plan.splits > 1 || p.mass != nullptr) {
+  const bool whole_heads = plan.splits == 1 && plan.row_blocks == 1;
+  if (plan.splits > 1 || (p.mass != nullptr && !whole_heads)) {
     plan.states = bytes;
     bytes += padded(heads * padded_rows * plan.splits * 8);
   }
@@ -118,6 +111,7 @@ void routed_attention(const RoutedAttentionParams& p, int64_t num_visual, const 
   a.block_rows = plan.block_rows;
   a.row_blocks = plan.row_blocks;
   a.splits = plan.splits;
+  a.warps = plan.warps;
   a.stages = plan.stages;
   a.whole_tiles = p.head_dim == plan.dim && (p.block_table == nullptr || p.block_size % 16 == 0);
   a.whole_queries = aligned(p.query);

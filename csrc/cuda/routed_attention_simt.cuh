@@ -26,7 +26,7 @@ struct Simt {
   }
   static LA_HD int64_t shared_bytes(int64_t reinjections, int64_t half, int64_t dim) {
     return first_bytes(reinjections, dim) + reinjections * half * 8 + kWarps * kRows * 32 * 4 +
-           kWarps * kRows * 8;
+           kWarps * kRows * 8 + kRows * 4;
   }
 };
 
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) routed_attention_simt(const DecodeLa
   float* outs = queries;
   float2* table = reinterpret_cast<float2*>(dynamic_shared() + Traits::first_bytes(again, dim));
   float2* states = table + again * half;
-  float* weights = reinterpret_cast<float*>(states + kWarps * kRows) + warp * kRows * 32;
+  float* weights = reinterpret_cast<float*>(states + kWarps * kRows) + kRows + warp * kRows * 32;
 
   for (int i = threadIdx.x; i < again * half; i += kThreads) {
     table[i] = turn_of(p.visual.shift[batch_row * again + i / half], p.visual.inv_freq[i % half]);

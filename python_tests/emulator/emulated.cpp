@@ -70,7 +70,7 @@ void emulated_set(uint64_t seed, int multiprocessors, int64_t shared) {
   cuda::emulated_device().shared_per_multiprocessor = shared + 1024;
 }
 
-// {tensor cores, compiled head size, columns, splits, stages}
+// {tensor cores, compiled head size, columns, splits, stages, warps}
 int emulated_plan(const RoutedAttentionParams* p, int64_t num_visual, int32_t* plan) {
   cuda::DecodePlan found;
   const int failed =
@@ -81,6 +81,7 @@ int emulated_plan(const RoutedAttentionParams* p, int64_t num_visual, int32_t* p
   plan[2] = found.columns;
   plan[3] = found.splits;
   plan[4] = found.stages;
+  plan[5] = found.warps;
   return 0;
 }
 
