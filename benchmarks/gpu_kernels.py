@@ -93,19 +93,20 @@ def sdpa_peers(device: torch.device) -> dict[str, Peer]:
     return {f"SDPA {name}": with_backend(backend) for name, backend in names.items()}
 
 
-def other_peers(problem: Problem, device: torch.device) -> dict[str, Peer]:
+def other_peers(problem: Problem, setting: Setting) -> dict[str, Peer]:
     """FlexAttention, FlashInfer and flash-attn, where they can run."""
     peers: dict[str, Peer] = {}
-    if device.type != "cuda":
+    if setting.device.type != "cuda":
         return peers
-    from torch.nn.attention.flex_attention import flex_attention
+    if problem.keys == setting.lengths[0]:  # it compiles for each length
+        from torch.nn.attention.flex_attention import flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
-    # Its own decode kernel takes groups of a power of two only.
-    options = {"FORCE_USE_FLEX_ATTENTION": True}
-    peers["FlexAttention"] = lambda q, k, v: compiled(
-        q, k, v, enable_gqa=True, kernel_options=options
-    )
+        compiled = torch.compile(flex_attention, dynamic=False)
+        # Its own decode kernel takes groups of a power of two only.
+        options = {"FORCE_USE_FLEX_ATTENTION": True}
+        peers["FlexAttention"] = lambda q, k, v: compiled(
+            q, k, v, enable_gqa=True, kernel_options=options
+        )
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_with_kvcache
 
@@ -186,7 +187,7 @@ def decode(setting: Setting, console: Console) -> Iterator[Row]:
                 continue
             problem = setting.problem(batch, keys)
             inputs, visual = setting.inputs(problem), setting.visuals(problem)
-            peers = sdpa_peers(setting.device) | other_peers(problem, setting.device)
+            peers = sdpa_peers(setting.device) | other_peers(problem, setting)
             peers = usable(peers, inputs[0], console)
             mass = torch.zeros(
                 batch, setting.shape.key_heads, setting.visual, device=setting.device

@@ -43,7 +43,7 @@ if part 2; then
     # Without torch's caching allocator, so that one byte too far is another's memory; only our kernels
     # are instrumented.
     try env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 250 compute-sanitizer --tool "$tool" \
-      --kernel-regex kns=routed_attention --kernel-regex kns=append_ --kernel-regex kns=select_ \
+      --kernel-name kns=routed_attention --kernel-name kns=append_ --kernel-name kns=select_ \
       --error-exitcode 9 python3 -m benchmarks.gpu_every_kernel |
       tee "$out/gpu_$tool.log" | tail -n 15 || failed=1
   done
