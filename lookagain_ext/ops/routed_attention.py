@@ -203,11 +203,14 @@ def _eager(
     tensors = (query, key, value, key_start, key_length, *_fields(visual))
     if visual_mass is None and mass_from is not None:
         raise ValueError("mass_from needs visual_mass")
+    checked = _cuda.on_gpu(query) and _cuda.are_many(query, key, block_table)
+    if checked:  # libraries know nothing of these arguments
+        _check(*tensors[:5], visual, visual_mass, mass_from, block_table, scale)
     if not _wants_grad(query, key, value):
         return forward(*tensors, visual_mass, mass_from, block_table, scale, return_lse)
     if block_table is not None:
         raise ValueError("block_table has no gradient")
-    if visual_mass is not None:  # no kernel will check it
+    if visual_mass is not None and not checked:  # no kernel will check it
         _check(*tensors[:5], visual, visual_mass, mass_from, block_table, scale)
     out, lse = _RoutedAttention.apply(*tensors, scale)
     if visual_mass is not None:
@@ -269,7 +272,7 @@ class _RoutedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - autograd's own
         *tensors, scale = args
-        out, lse = forward(*tensors, None, None, None, scale)
+        out, lse = forward(*tensors, None, None, None, scale, keep=True)
         ctx.save_for_backward(*tensors, out, lse)
         ctx.scale = scale
         ctx.mark_non_differentiable(lse)
