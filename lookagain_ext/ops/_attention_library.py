@@ -40,7 +40,8 @@ def forward(
         fields = (key_start, key_length, spans, inv_freq, shift, start, selected)
         out, lse = _cuda_training.forward(query, key, value, fields, scale, keep)
         if visual_mass is not None:
-            _cuda.add_mass(query, key, lse, visual_mass, mass_from, *fields[:2], fields[2:], scale)
+            limits, visual = fields[:2], fields[2:]
+            _cuda.add_mass(query, key, lse, visual_mass, mass_from, *limits, visual, None, scale)
         return out, lse
     out, lse = outputs(query, want_lse)
     if _cuda.on_gpu(query):

@@ -1,7 +1,6 @@
-"""Calls of the CUDA kernels: the current stream, workspaces, and what has no kernel yet.
+"""Calls of the CUDA kernels: the current stream, workspaces, and which way a call takes.
 
-Queries beyond a decode step's go through the decode kernel too, in blocks of rows. Gradients, and
-the visual mass apart from the attention, are computed by the reference.
+Queries beyond a decode step's, and gradients, go the way of `_cuda_training.py`.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import reference
 from .._native import native
-from ..visual import NEVER, VisualContext
+from ..visual import NEVER
 
 MOST_COUNTED_QUERIES = 16  # whose logits on visual tokens the kernel keeps for the mass
 
@@ -50,9 +48,17 @@ def routed_attention(
     spans, inv_freq, shift, start, selected = (_packed(x) for x in visual)
     rest = (spans, inv_freq, shift, start, selected, _packed(block_table), scale)
     key_start, key_length, mass_from = (_packed(x) for x in (key_start, key_length, mass_from))
-    launch_routed_attention(
-        query, key, value, out, lse, visual_mass, mass_from, key_start, key_length, *rest
-    )
+    if visual_mass is None or query.shape[2] <= MOST_COUNTED_QUERIES:
+        launch_routed_attention(
+            query, key, value, out, lse, visual_mass, mass_from, key_start, key_length, *rest
+        )
+        return
+    # The kernel keeps the logits of a decode step's queries only.
+    if lse is None:
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    launch_routed_attention(query, key, value, out, lse, None, None, key_start, key_length, *rest)
+    limits = (key_start, key_length)
+    add_mass(query, key, lse, visual_mass, mass_from, *limits, visual, block_table, scale)
 
 
 def add_mass(
@@ -64,6 +70,7 @@ def add_mass(
     key_start: Tensor | None,
     key_length: Tensor | None,
     visual: tuple[Tensor | None, ...],
+    block_table: Tensor | None,
     scale: float,
 ) -> None:
     """Adds the visual mass of a forward whose log-sum-exp is known to `mass` [B, H_kv, width]."""
@@ -71,7 +78,8 @@ def add_mass(
         mass_from = torch.zeros(query.shape[0], dtype=torch.int32, device=query.device)
     rows = torch.stack([mass_from, torch.full_like(mass_from, NEVER)], -1)[:, None]
     found = mass.new_zeros(mass.shape[0], 1, *mass.shape[1:])
-    visual_mass(query, key, rows, found, lse, key_start, key_length, visual, scale)
+    limits = (key_start, key_length)
+    visual_mass(query, key, rows, found, lse, *limits, visual, block_table, scale)
     mass += found[:, 0]
 
 
@@ -80,25 +88,16 @@ def visual_mass(
     key: Tensor,
     rows: Tensor,
     mass: Tensor,
-    lse: Tensor | None,
+    lse: Tensor,
     key_start: Tensor | None,
     key_length: Tensor | None,
     visual: tuple[Tensor | None, ...],
+    block_table: Tensor | None,
     scale: float,
 ) -> None:
-    """Writes `mass` [B, T, H_kv, width], by the reference."""
-    found = reference.visual_mass(
-        query,
-        key,
-        VisualContext(*visual),
-        rows,
-        scale=scale,
-        key_start=key_start,
-        key_length=key_length,
-        lse=lse,
-    )
-    width = min(found.shape[-1], mass.shape[-1])
-    mass[..., :width] = found[..., :width]
+    """Writes `mass` [B, T, H_kv, width], from the forward's `lse`."""
+    index = (_packed(x) for x in (key_start, key_length, *visual, block_table))
+    launch_visual_mass(query, key, lse, _packed(rows), mass, *index, scale)
 
 
 def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor, out: Tensor) -> None:
@@ -149,6 +148,12 @@ def launch_routed_attention(*arguments: Tensor | float | None) -> None:
     """The binding, with stream and workspace."""
     query = arguments[0]
     native().cuda_routed_attention(*arguments, _stream(query), partial(_workspace, query))
+
+
+def launch_visual_mass(*arguments: Tensor | float | None) -> None:
+    """The binding, with stream and workspace."""
+    query = arguments[0]
+    native().cuda_visual_mass(*arguments, _stream(query), partial(_workspace, query))
 
 
 def launch_append_visual_(*arguments: Tensor | None) -> None:

@@ -5,8 +5,8 @@ The one interface between `_cuda_training.py` and the libraries that do the arit
 `Sequences` B is 1 and L counts through several sequences of queries and keys that see only each
 other. Causal means that the last query of a sequence sees its last key.
 
-* bfloat16 and float16 on a GPU: FlashAttention through aten, which takes sequences, and cuDNN, whose
-  forward is faster on Hopper, for plain causal attention. Both give the log-sum-exp of scaled
+* bfloat16 and float16 on a GPU: FlashAttention through aten, which takes sequences, and cuDNN,
+  whose forward is faster on Hopper, for plain causal attention. Both give the log-sum-exp of scaled
   logits in natural units, so either's backward takes the other's.
 * Everything else, float32 first of all: matrix products over blocks of queries, with logits of one
   block at a time, so that memory stays linear in the length.
