@@ -75,6 +75,28 @@ def paged_table(batch: int, size: int) -> Tensor:
     return order.view(batch, -1)
 
 
+def mass(dtype: torch.dtype, size: int, groups: int = 7, aligned: bool = True) -> None:
+    """visual_mass of two ranges of many queries, a selection, ragged rows."""
+    queries = 150
+    query = torch.randn(BATCH, HEADS * groups, queries, size, device=DEVICE, dtype=dtype)
+    key = torch.randn(BATCH, HEADS, KEYS, size, device=DEVICE, dtype=dtype)
+    if not aligned:
+        query = torch.nn.functional.pad(query, (3, 2))[..., 3:-2]
+    spans = torch.tensor([[[5, 40], [60, 50]]] * BATCH, dtype=torch.int32, device=DEVICE)
+    inv_freq = 1e4 ** -(torch.arange(size // 2, device=DEVICE) / (size // 2))
+    everyone = torch.ones(BATCH, dtype=torch.bool, device=DEVICE)
+    visual = VisualContext.from_spans(spans, inv_freq)
+    for shift, start in ((70, 160), (300, 250)):
+        chosen = torch.rand(BATCH, TOKENS, device=DEVICE) < 0.5
+        visual = visual.reinject(everyone, shift, start, chosen)
+    length = torch.tensor([KEYS, 230], dtype=torch.int32, device=DEVICE)
+    rows = torch.tensor([[[0, KEYS], [220, 290]]] * BATCH, dtype=torch.int32, device=DEVICE)
+    arguments = (query, key, visual, rows)
+    found = ops.visual_mass(*arguments, key_length=length)
+    expected = reference.visual_mass(*arguments, key_length=length)
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
 def append(dtype: torch.dtype, size: int) -> None:
     """append_visual_ of a selection."""
     batch, keys = 3, 200
@@ -104,8 +126,14 @@ def main() -> None:
         Attention(dtype, paged=16).check()
         Attention(dtype, paged=5, mass=False).check()
         Attention(dtype, batch=64, mass=False).check()
+        Attention(dtype, paged=16, groups=1, queries=40).check()
+        for size in (64, 80, 128, 256):
+            mass(dtype, size)
+        mass(dtype, 128, groups=1)
+        mass(dtype, 128, aligned=False)
     Attention(torch.float32).check()
     Attention(torch.float32, paged=5, mass=False).check()
+    mass(torch.float32, 128)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         append(dtype, 128)
         append(dtype, 40)

@@ -7,6 +7,7 @@
 #   3  the kernels beside their baselines and peers: OUT/gpu_kernels.json
 #   4  generate() with a 7B-shaped model, dynamic cache: OUT/gpu_generate.json
 #   5  the same with a static cache and CUDA graphs: OUT/gpu_generate_static.json
+#   6  training: attention forward and backward, one optimiser step: OUT/gpu_training*.json
 # Each part is cut off before 9 minutes and keeps what it had found; a failure of one does not stop the
 # next, the exit status tells. Results belong into benchmarks/results/.
 set -uo pipefail
@@ -15,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=$(realpath -m "${1:-benchmarks/results}")
 shift || true
 parts=("$@")
-(( ${#parts[@]} )) || parts=(1 2 3 4 5)
+(( ${#parts[@]} )) || parts=(1 2 3 4 5 6)
 mkdir -p "$out"
 failed=0
 
@@ -43,7 +44,7 @@ if part 2; then
     # Without torch's caching allocator, so that one byte too far is another's memory; only our kernels
     # are instrumented.
     try env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 250 compute-sanitizer --tool "$tool" \
-      --kernel-name kns=routed_attention --kernel-name kns=append_ --kernel-name kns=select_ \
+      --kernel-name kns=routed_attention --kernel-name kns=append_ --kernel-name kns=select_ --kernel-name kns=visual_mass \
       --error-exitcode 9 python3 -m benchmarks.gpu_every_kernel |
       tee "$out/gpu_$tool.log" | tail -n 15 || failed=1
   done
@@ -63,6 +64,13 @@ if part 5; then
   say "generate, static cache"
   try timeout 520 python3 -m benchmarks.gpu_generate --static --batch 1 --batch 8 \
     --out "$out/gpu_generate_static.json" || failed=1
+fi
+
+if part 6; then
+  say "training"
+  try timeout 250 python3 -m benchmarks.gpu_training --out "$out/gpu_training.json" || failed=1
+  try timeout 250 python3 -m benchmarks.gpu_training_step --out "$out/gpu_training_step.json" ||
+    failed=1
 fi
 
 say "done, results in $out"

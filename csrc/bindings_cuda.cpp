@@ -158,6 +158,51 @@ void cuda_routed_attention(py::object query, py::object key, py::object value, p
   cuda::routed_attention(p, num_visual, std::ref(workspace), stream_of(stream));
 }
 
+void cuda_visual_mass(py::object query, py::object key, py::object lse, py::object rows,
+                      py::object mass, py::object key_start, py::object key_length,
+                      py::object spans, py::object inv_freq, py::object shift, py::object start,
+                      py::object selected, py::object block_table, double scale, uintptr_t stream,
+                      py::object allocate) {
+  const int device = device_of("query", query);
+  const TensorView q = query_view(query, device);
+  const TensorView k = key_view(key, q, !block_table.is_none(), device);
+  if (q.dtype == DType::kFloat64) {
+    throw py::type_error("query must be float32, float16 or bfloat16 on a GPU, got float64");
+  }
+  const int64_t batch = q.shape[0], dim = q.shape[3];
+  check_scale(scale);
+  VisualMassParams p;
+  int64_t cache_rows = 0;
+  p.keys = paged_capacity(block_table, k, batch, device, &p, &cache_rows);
+  p.dtype = q.dtype;
+  p.batch = batch;
+  p.query_heads = q.shape[1];
+  p.key_heads = k.shape[1];
+  p.queries = q.shape[2];
+  p.head_dim = dim;
+  p.scale = scale;
+  p.key_start = device_values<int32_t>("key_start", key_start, DType::kInt32, {batch}, device);
+  p.key_length = device_values<int32_t>("key_length", key_length, DType::kInt32, {batch}, device);
+  p.query = heads_view("query", q);
+  p.key = heads_view("key", k);
+  p.lse = lse_data(lse, q, device);
+  if (p.lse == nullptr) throw py::type_error("lse must be a tensor, got None");
+  const TensorView ranges = checked_view("rows", rows, DType::kInt32, {batch, kAny, 2}, device);
+  check_contiguous("rows", ranges);
+  p.rows = ranges.as<int32_t>();
+  p.num_ranges = ranges.shape[1];
+  const TensorView view = checked_output("mass", mass, DType::kFloat32,
+                                         {batch, p.num_ranges, k.shape[1], kAny}, device);
+  check_contiguous("mass", view);
+  p.mass = view.as<float>();
+  p.num_visual = view.shape[3];
+  if (spans.is_none()) throw py::type_error("spans must be a tensor, got None");
+  p.visual = visual_params(spans, inv_freq, shift, start, selected, batch, dim, device);
+  const cuda::DeviceGuard guard(device);
+  Workspace workspace{allocate, {}};
+  cuda::visual_mass(p, std::ref(workspace), stream_of(stream));
+}
+
 void cuda_select_visual_tokens(py::object mass, double ratio, py::object num_visual, py::object out,
                                uintptr_t stream) {
   const int device = device_of("mass", mass);
@@ -238,6 +283,7 @@ void cuda_append_visual(py::object key_cache, py::object value_cache, py::object
 
 void define_cuda(py::module_& module) {
   module.def("cuda_routed_attention", &cuda_routed_attention);
+  module.def("cuda_visual_mass", &cuda_visual_mass);
   module.def("cuda_select_visual_tokens", &cuda_select_visual_tokens);
   module.def("cuda_append_visual_", &cuda_append_visual);
 }

@@ -18,6 +18,12 @@ from lookagain_ext.ops import _cuda
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("c++") or shutil.which("g++")
+LAUNCHES = (
+    "launch_routed_attention",
+    "launch_visual_mass",
+    "select_visual_tokens",
+    "launch_append_visual_",
+)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -51,24 +57,43 @@ class VisualParams(ctypes.Structure):
     ]
 
 
+ATTENTION_SIZES = [
+    *PAGED_CACHE,
+    ("dtype", ctypes.c_int),
+    *[
+        (name, ctypes.c_int64)
+        for name in ("batch", "query_heads", "key_heads", "queries", "keys", "head_dim")
+    ],
+    ("scale", ctypes.c_double),
+    ("num_threads", ctypes.c_int),
+    ("key_start", ctypes.c_void_p),
+    ("key_length", ctypes.c_void_p),
+]
+
+
 class AttentionParams(ctypes.Structure):
     _fields_ = [
-        *PAGED_CACHE,
-        ("dtype", ctypes.c_int),
-        *[
-            (name, ctypes.c_int64)
-            for name in ("batch", "query_heads", "key_heads", "queries", "keys", "head_dim")
-        ],
-        ("scale", ctypes.c_double),
-        ("num_threads", ctypes.c_int),
-        ("key_start", ctypes.c_void_p),
-        ("key_length", ctypes.c_void_p),
+        *ATTENTION_SIZES,
         *[(name, HeadsView) for name in ("query", "key", "value", "out")],
         ("lse", ctypes.c_void_p),
         ("mass", ctypes.c_void_p),
         ("mass_batch_stride", ctypes.c_int64),
         ("mass_head_stride", ctypes.c_int64),
         ("mass_from", ctypes.c_void_p),
+        ("visual", VisualParams),
+    ]
+
+
+class MassParams(ctypes.Structure):
+    _fields_ = [
+        *ATTENTION_SIZES,
+        ("query", HeadsView),
+        ("key", HeadsView),
+        ("lse", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("num_ranges", ctypes.c_int64),
+        ("num_visual", ctypes.c_int64),
+        ("mass", ctypes.c_void_p),
         ("visual", VisualParams),
     ]
 
@@ -123,7 +148,7 @@ def library() -> ctypes.CDLL:
     assert run.returncode == 0, run.stderr[-4000:]
     loaded = ctypes.CDLL(str(built))
     shutil.rmtree(folder)
-    sizes = (AttentionParams, VisualParams, SelectParams, AppendParams)
+    sizes = (AttentionParams, VisualParams, SelectParams, AppendParams, MassParams)
     found = (ctypes.c_int64 * len(sizes))()
     loaded.emulated_sizes(found)
     assert list(found) == [ctypes.sizeof(kind) for kind in sizes], "params.h has changed"
@@ -155,6 +180,43 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def visual_params(
+    spans: Tensor, inv_freq: Tensor, shift: Tensor, start: Tensor, selected: Tensor | None
+) -> VisualParams:
+    """The fields of a visual context as the kernels see them."""
+    visual = VisualParams(
+        spans=pointer(spans),
+        num_spans=spans.shape[1],
+        inv_freq=pointer(inv_freq),
+        half=inv_freq.shape[0],
+        shift=pointer(shift),
+        start=pointer(start),
+        num_reinjections=shift.shape[1],
+    )
+    if selected is not None:
+        visual.selected = pointer(selected)
+        visual.selected_batch_stride, visual.selected_stride = selected.stride()[:2]
+        visual.selected_width = selected.shape[2]
+    return visual
+
+
+def attention_sizes(query: Tensor, key: Tensor, block_table: Tensor | None) -> dict[str, int]:
+    """What every attention kernel is told of the shapes."""
+    batch, query_heads, queries, size = query.shape
+    slots = key.shape[2] * (1 if block_table is None else block_table.shape[1])
+    return {
+        "dtype": DTYPES[query.dtype],
+        "batch": batch,
+        "query_heads": query_heads,
+        "key_heads": key.shape[1],
+        "queries": queries,
+        "keys": slots,
+        "head_dim": size,
+        "query": heads(query),
+        "key": heads(key),
+    }
+
+
 def launch_routed_attention(
     query: Tensor,
     key: Tensor,
@@ -175,53 +237,62 @@ def launch_routed_attention(
     plan: list[int] | None = None,
 ) -> None:
     """Stands in for the binding; `plan` gets how the work was cut."""
-    batch, query_heads, queries, size = query.shape
     params = AttentionParams(
-        dtype=DTYPES[query.dtype],
-        batch=batch,
-        query_heads=query_heads,
-        key_heads=key.shape[1],
-        queries=queries,
-        keys=key.shape[2],
-        head_dim=size,
+        **attention_sizes(query, key, block_table),
         scale=scale,
         key_start=pointer(key_start),
         key_length=pointer(key_length),
-        query=heads(query),
-        key=heads(key),
         value=heads(value),
         out=heads(out),
         lse=pointer(lse),
         mass_from=pointer(mass_from),
     )
     page(params, block_table, key)
-    if block_table is not None:
-        params.keys = block_table.shape[1] * key.shape[2]
     width = 0
     if mass is not None and mass.shape[-1] > 0:
         width = mass.shape[-1]
         params.mass = mass.data_ptr()
         params.mass_batch_stride, params.mass_head_stride = mass.stride()[:2]
     if spans is not None:
-        params.visual = VisualParams(
-            spans=pointer(spans),
-            num_spans=spans.shape[1],
-            inv_freq=pointer(inv_freq),
-            half=inv_freq.shape[0],
-            shift=pointer(shift),
-            start=pointer(start),
-            num_reinjections=shift.shape[1],
-        )
-        if selected is not None:
-            params.visual.selected = pointer(selected)
-            params.visual.selected_batch_stride = selected.stride(0)
-            params.visual.selected_stride = selected.stride(1)
-            params.visual.selected_width = selected.shape[2]
+        params.visual = visual_params(spans, inv_freq, shift, start, selected)
     if plan is not None:
         found = (ctypes.c_int32 * 6)()
         _call("emulated_plan", ctypes.byref(params), ctypes.c_int64(width), found)
         plan[:] = list(found)
     _call("emulated_routed_attention", ctypes.byref(params), ctypes.c_int64(width))
+
+
+def launch_visual_mass(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    mass: Tensor,
+    key_start: Tensor | None,
+    key_length: Tensor | None,
+    spans: Tensor,
+    inv_freq: Tensor,
+    shift: Tensor,
+    start: Tensor,
+    selected: Tensor | None,
+    block_table: Tensor | None,
+    scale: float,
+) -> None:
+    """Stands in for the binding."""
+    params = MassParams(
+        **attention_sizes(query, key, block_table),
+        scale=scale,
+        key_start=pointer(key_start),
+        key_length=pointer(key_length),
+        lse=pointer(lse),
+        rows=pointer(rows),
+        num_ranges=rows.shape[1],
+        num_visual=mass.shape[-1],
+        mass=pointer(mass),
+        visual=visual_params(spans, inv_freq, shift, start, selected),
+    )
+    page(params, block_table, key)
+    _call("emulated_visual_mass", ctypes.byref(params))
 
 
 def page(params: ctypes.Structure, block_table: Tensor | None, cache: Tensor) -> None:
@@ -294,6 +365,6 @@ def launch_append_visual_(
 def install(patch: pytest.MonkeyPatch) -> None:
     """Makes the ops take CPU tensors to the emulated device."""
     device()
-    for name in ("launch_routed_attention", "select_visual_tokens", "launch_append_visual_"):
+    for name in LAUNCHES:
         patch.setattr(_cuda, name, globals()[name])
     patch.setattr(_cuda, "on_gpu", lambda tensor: True)

@@ -63,6 +63,27 @@ def test_generate(tmp_path: Path) -> None:
     assert kept["reencoding"]["ratio"] > 0
 
 
+def test_training(tmp_path: Path) -> None:
+    out = tmp_path / "training.json"
+    options = ("--device", "cpu", "--small", "--seconds", "0.02")
+    run("benchmarks.gpu_training", *options, "--out", str(out))
+    rows = json.loads(out.read_text())["rows"]
+    for word in ("forward", "backward", "visual_mass", "peak memory", "first call"):
+        assert any(row["name"].startswith(word) for row in rows)
+    assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_training_step(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    options = ("--device", "cpu", "--small", "--seconds", "0.1")
+    run("benchmarks.gpu_training_step", *options, "--out", str(out))
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"].split(", ")[-1] for row in rows] == ["copy", "route", "off"] + [
+        "copy",
+        "route",
+    ]
+
+
 def test_every_kernel_on_the_emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a memory checker is run over: all of it agrees with the reference here too."""
     emulated.install(monkeypatch)

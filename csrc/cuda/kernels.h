@@ -61,6 +61,9 @@ DecodePlan plan_decode(const RoutedAttentionParams& p, int64_t num_visual, const
 void routed_attention(const RoutedAttentionParams& p, int64_t num_visual, const Allocate& allocate,
                       Stream stream);
 
+// Overwrites p.mass; p.lse is needed. Paged caches too.
+void visual_mass(const VisualMassParams& p, const Allocate& allocate, Stream stream);
+
 struct SelectParams {
   const float* mass = nullptr;  // [B, L_c]
   int64_t mass_stride = 0;

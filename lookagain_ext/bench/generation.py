@@ -93,20 +93,24 @@ def generation(quick: bool) -> Iterator[Row]:
         )
 
 
-def decoder(layers: int = 1, device: str = "cpu") -> nn.Module:
-    """Qwen2.5-VL with the decoder layers of the 7B, random weights, bfloat16, a tiny tower."""
+def decoder(layers: int = 1, device: str = "cpu", small: bool = False) -> nn.Module:
+    """Qwen2.5-VL with the decoder layers of the 7B, random weights, bfloat16, a tiny tower.
+
+    With `small` the layers are a fourteenth as wide, to see that something runs.
+    """
+    narrow = 14 if small else 1
     text = {
         "vocab_size": 1024,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
+        "hidden_size": 3584 // narrow,
+        "intermediate_size": 18944 // narrow,
         "num_hidden_layers": layers,
-        "num_attention_heads": 28,
+        "num_attention_heads": 28 // (7 if small else 1),
         "num_key_value_heads": 4,
         "max_position_embeddings": 32768,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 1e6,
-            "mrope_section": [16, 24, 24],
+            "mrope_section": [8, 12, 12] if small else [16, 24, 24],
         },
         "bos_token_id": None,
         "eos_token_id": 1,
@@ -118,7 +122,7 @@ def decoder(layers: int = 1, device: str = "cpu") -> nn.Module:
         "num_heads": 2,
         "intermediate_size": 64,
         "patch_size": 14,
-        "out_hidden_size": 3584,
+        "out_hidden_size": 3584 // narrow,
         "fullatt_block_indexes": [0],
     }
     config = Qwen2_5_VLConfig(

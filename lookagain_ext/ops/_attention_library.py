@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._native import native
-from . import _cuda
+from . import _cuda, _cuda_training
 
 
 def forward(
@@ -30,8 +30,19 @@ def forward(
     block_table: Tensor | None,
     scale: float,
     want_lse: bool = True,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Out and, unless `want_lse` is False, the log-sum-exp; adds to `visual_mass`."""
+    """Out and, unless `want_lse` is False, the log-sum-exp; adds to `visual_mass`.
+
+    With `keep` a backward follows, and calls of other layers with the very same index tensors.
+    """
+    if _cuda.on_gpu(query) and _cuda.are_many(query, key, block_table):
+        fields = (key_start, key_length, spans, inv_freq, shift, start, selected)
+        out, lse = _cuda_training.forward(query, key, value, fields, scale, keep)
+        if visual_mass is not None:
+            limits, visual = fields[:2], fields[2:]
+            _cuda.add_mass(query, key, lse, visual_mass, mass_from, *limits, visual, None, scale)
+        return out, lse
     out, lse = outputs(query, want_lse)
     if _cuda.on_gpu(query):
         _cuda.routed_attention(
@@ -92,7 +103,7 @@ def backward(
     if query.numel() == 0 or key.numel() == 0:  # no query sees a key
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     if _cuda.on_gpu(query):
-        return _cuda.routed_attention_backward(grad_out, tensors, scale)
+        return _cuda_training.backward(grad_out, *tensors[:3], out, lse, tensors[3:], scale)
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))

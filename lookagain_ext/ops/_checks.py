@@ -10,8 +10,16 @@ from torch import Tensor
 
 from .._native import use_kernels
 from ..visual import VisualContext
+from . import _cuda
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether kernels take this tensor; else the reference does."""
+    if tensor.dtype == torch.float64 and _cuda.on_gpu(tensor):
+        return False
+    return use_kernels(tensor.device.type)
 
 
 def check_tensor(

@@ -1,7 +1,6 @@
-"""Calls of the CUDA kernels: the current stream, workspaces, and what has no kernel yet.
+"""Calls of the CUDA kernels: the current stream, workspaces, and which way a call takes.
 
-Queries beyond a decode step's go through the decode kernel too, in blocks of rows. Gradients, and
-the visual mass apart from the attention, are computed by the reference.
+Queries beyond a decode step's, and gradients, go the way of `_cuda_training.py`.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import reference
 from .._native import native
-from ..visual import VisualContext
+from ..visual import NEVER
 
 MOST_COUNTED_QUERIES = 16  # whose logits on visual tokens the kernel keeps for the mass
 
@@ -21,6 +19,15 @@ MOST_COUNTED_QUERIES = 16  # whose logits on visual tokens the kernel keeps for 
 def on_gpu(tensor: Tensor) -> bool:
     """Whether the CUDA kernels take this tensor."""
     return tensor.is_cuda
+
+
+def are_many(query: Tensor, key: Tensor, block_table: Tensor | None) -> bool:
+    """Whether these queries take the way of `_cuda_training.py`.
+
+    A paged cache and a CUDA graph do not: they keep to the decode kernel.
+    """
+    many = query.shape[2] > MOST_COUNTED_QUERIES and key.numel() > 0
+    return many and block_table is None and not _capturing(query)
 
 
 def routed_attention(
@@ -41,52 +48,39 @@ def routed_attention(
     spans, inv_freq, shift, start, selected = (_packed(x) for x in visual)
     rest = (spans, inv_freq, shift, start, selected, _packed(block_table), scale)
     key_start, key_length, mass_from = (_packed(x) for x in (key_start, key_length, mass_from))
-    queries = query.shape[2]
-    if visual_mass is None or queries <= MOST_COUNTED_QUERIES:
+    if visual_mass is None or query.shape[2] <= MOST_COUNTED_QUERIES:
         launch_routed_attention(
             query, key, value, out, lse, visual_mass, mass_from, key_start, key_length, *rest
         )
         return
-    # The kernel keeps the logits of a decode step's queries only: longer ones go in parts.
-    if key_length is None:
-        key_length = torch.full(
-            (query.shape[0],), key.shape[2], dtype=torch.int32, device=query.device
-        )
-    for first in range(0, queries, MOST_COUNTED_QUERIES):
-        last = min(first + MOST_COUNTED_QUERIES, queries)
-        part = None if lse is None else lse.new_empty(*lse.shape[:2], last - first)
-        length = key_length - (queries - last)
-        launch_routed_attention(
-            query[:, :, first:last],
-            key,
-            value,
-            out[:, :, first:last],
-            part,
-            visual_mass,
-            mass_from,
-            key_start,
-            length,
-            *rest,
-        )
-        if lse is not None:
-            lse[:, :, first:last] = part
+    # The kernel keeps the logits of a decode step's queries only.
+    if lse is None:
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    launch_routed_attention(query, key, value, out, lse, None, None, key_start, key_length, *rest)
+    limits = (key_start, key_length)
+    add_mass(query, key, lse, visual_mass, mass_from, *limits, visual, block_table, scale)
 
 
-def routed_attention_backward(
-    grad_out: Tensor, tensors: tuple[Tensor | None, ...], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, by the reference."""
-    query, key, value, key_start, key_length, spans, *rest = tensors
-    return reference.routed_attention_backward(
-        grad_out,
-        query,
-        key,
-        value,
-        None if spans is None else VisualContext(spans, *rest),
-        scale=scale,
-        key_start=key_start,
-        key_length=key_length,
-    )
+def add_mass(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    mass: Tensor,
+    mass_from: Tensor | None,
+    key_start: Tensor | None,
+    key_length: Tensor | None,
+    visual: tuple[Tensor | None, ...],
+    block_table: Tensor | None,
+    scale: float,
+) -> None:
+    """Adds the visual mass of a forward whose log-sum-exp is known to `mass` [B, H_kv, width]."""
+    if mass_from is None:
+        mass_from = torch.zeros(query.shape[0], dtype=torch.int32, device=query.device)
+    rows = torch.stack([mass_from, torch.full_like(mass_from, NEVER)], -1)[:, None]
+    found = mass.new_zeros(mass.shape[0], 1, *mass.shape[1:])
+    limits = (key_start, key_length)
+    visual_mass(query, key, rows, found, lse, *limits, visual, block_table, scale)
+    mass += found[:, 0]
 
 
 def visual_mass(
@@ -94,25 +88,16 @@ def visual_mass(
     key: Tensor,
     rows: Tensor,
     mass: Tensor,
-    lse: Tensor | None,
+    lse: Tensor,
     key_start: Tensor | None,
     key_length: Tensor | None,
     visual: tuple[Tensor | None, ...],
+    block_table: Tensor | None,
     scale: float,
 ) -> None:
-    """Writes `mass` [B, T, H_kv, width], by the reference."""
-    found = reference.visual_mass(
-        query,
-        key,
-        VisualContext(*visual),
-        rows,
-        scale=scale,
-        key_start=key_start,
-        key_length=key_length,
-        lse=lse,
-    )
-    width = min(found.shape[-1], mass.shape[-1])
-    mass[..., :width] = found[..., :width]
+    """Writes `mass` [B, T, H_kv, width], from the forward's `lse`."""
+    index = (_packed(x) for x in (key_start, key_length, *visual, block_table))
+    launch_visual_mass(query, key, lse, _packed(rows), mass, *index, scale)
 
 
 def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor, out: Tensor) -> None:
@@ -151,7 +136,7 @@ def append_visual_(
     )
     if lengths is not key_length:
         key_length.copy_(lengths)
-    if check_room and not _capturing():
+    if check_room and not _capturing(key_cache):
         _raise(failed.tolist(), capacity(key_cache, block_table))
 
 
@@ -165,6 +150,12 @@ def launch_routed_attention(*arguments: Tensor | float | None) -> None:
     """The binding, with stream and workspace."""
     query = arguments[0]
     native().cuda_routed_attention(*arguments, _stream(query), partial(_workspace, query))
+
+
+def launch_visual_mass(*arguments: Tensor | float | None) -> None:
+    """The binding, with stream and workspace."""
+    query = arguments[0]
+    native().cuda_visual_mass(*arguments, _stream(query), partial(_workspace, query))
 
 
 def launch_append_visual_(*arguments: Tensor | None) -> None:
@@ -210,5 +201,5 @@ def _workspace(tensor: Tensor, size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=tensor.device)
 
 
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

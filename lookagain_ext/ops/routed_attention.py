@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._native import use_kernels
 from ..visual import NEVER, VisualContext, is_traced
 from . import _cuda
 from ._attention_library import backward, forward
@@ -21,6 +20,7 @@ from ._checks import (
     check_scale,
     check_tensor,
     check_visual,
+    has_kernels,
 )
 from .visual_mass import forward as visual_mass_forward
 
@@ -97,10 +97,10 @@ def routed_attention(
         is_compiling()
         or len_dispatch_stack()
         or not (type(query) is type(key) is type(value) is Tensor)
-        or not _has_kernels(query)
+        or not has_kernels(query)
     ):
         _check(*arguments)
-        if not is_compiling() and not _has_kernels(query):
+        if not is_compiling() and not has_kernels(query):
             return reference.routed_attention(
                 query,
                 key,
@@ -125,12 +125,6 @@ def routed_attention(
             _check(*arguments)
             raise
     return (out, lse.float()) if return_lse else out
-
-
-def _has_kernels(query: Tensor) -> bool:
-    if query.dtype == torch.float64 and _cuda.on_gpu(query):
-        return False
-    return use_kernels(query.device.type)
 
 
 def _check(
@@ -169,7 +163,7 @@ def _check(
         check_added_to("visual_mass", visual_mass)
     elif mass_from is not None:
         raise ValueError("mass_from needs visual_mass, the buffer the mass is added to")
-    if _has_kernels(query):
+    if has_kernels(query):
         check_kernel_layout(query=query, key=key, value=value)
 
 
@@ -203,11 +197,14 @@ def _eager(
     tensors = (query, key, value, key_start, key_length, *_fields(visual))
     if visual_mass is None and mass_from is not None:
         raise ValueError("mass_from needs visual_mass")
+    checked = _cuda.on_gpu(query) and _cuda.are_many(query, key, block_table)
+    if checked:  # libraries know nothing of these arguments
+        _check(*tensors[:5], visual, visual_mass, mass_from, block_table, scale)
     if not _wants_grad(query, key, value):
         return forward(*tensors, visual_mass, mass_from, block_table, scale, return_lse)
     if block_table is not None:
         raise ValueError("block_table has no gradient")
-    if visual_mass is not None:  # no kernel will check it
+    if visual_mass is not None and not checked:  # no kernel will check it
         _check(*tensors[:5], visual, visual_mass, mass_from, block_table, scale)
     out, lse = _RoutedAttention.apply(*tensors, scale)
     if visual_mass is not None:
@@ -269,7 +266,7 @@ class _RoutedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - autograd's own
         *tensors, scale = args
-        out, lse = forward(*tensors, None, None, None, scale)
+        out, lse = forward(*tensors, None, None, None, scale, keep=True)
         ctx.save_for_backward(*tensors, out, lse)
         ctx.scale = scale
         ctx.mark_non_differentiable(lse)

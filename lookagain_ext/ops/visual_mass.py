@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._native import native, use_kernels
+from .._native import native
 from ..visual import VisualContext, is_traced
 from . import _cuda
+from ._attention_library import forward as attention
 from ._checks import (
     check_attention,
     check_kernel_layout,
@@ -16,6 +17,7 @@ from ._checks import (
     check_scale,
     check_tensor,
     check_visual,
+    has_kernels,
 )
 
 
@@ -65,7 +67,7 @@ def visual_mass(
         check_tensor("lse", lse, tuple(query.shape[:3]), None, query)
         if lse.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"lse must be torch.float32, got {lse.dtype}")
-    if not use_kernels(query.device.type):
+    if not has_kernels(query):
         return reference.visual_mass(
             query,
             key,
@@ -109,7 +111,10 @@ def forward(
     mass = _output(query, key, rows, width)
     if _cuda.on_gpu(query):
         fields = (spans, inv_freq, shift, start, selected)
-        _cuda.visual_mass(query, key, rows, mass, lse, key_start, key_length, fields, scale)
+        limits = (key_start, key_length)
+        if lse is None:
+            _, lse = attention(query, key, key, *limits, *fields, None, None, None, scale)
+        _cuda.visual_mass(query, key, rows, mass, lse, *limits, fields, None, scale)
         return mass
     native().visual_mass(
         query,

@@ -18,6 +18,7 @@ const Device& current_device() { return emulated_device(); }
 #include "cuda/routed_attention_bfloat16.cu"
 #include "cuda/routed_attention_float16.cu"
 #include "cuda/routing.cu"
+#include "cuda/visual_mass.cu"
 
 namespace {
 
@@ -61,6 +62,7 @@ void emulated_sizes(int64_t* sizes) {
   sizes[1] = sizeof(VisualParams);
   sizes[2] = sizeof(cuda::SelectParams);
   sizes[3] = sizeof(AppendVisualParams);
+  sizes[4] = sizeof(VisualMassParams);
 }
 
 void emulated_set(uint64_t seed, int multiprocessors, int64_t shared) {
@@ -89,6 +91,13 @@ int emulated_routed_attention(const RoutedAttentionParams* p, int64_t num_visual
   return guarded([&] {
     Workspace workspace;
     cuda::routed_attention(*p, num_visual, workspace.allocate(), nullptr);
+  });
+}
+
+int emulated_visual_mass(const VisualMassParams* p) {
+  return guarded([&] {
+    Workspace workspace;
+    cuda::visual_mass(*p, workspace.allocate(), nullptr);
   });
 }
 

@@ -1,0 +1,386 @@
+"""Attention of a training step on a GPU: forward, backward and visual mass, with re-injections.
+
+`python -m benchmarks.gpu_training --out FILE` measures; `--device cpu --small` only shows that
+every row runs. Baselines are torch's SDPA kernels on the *same FLOP*: plain causal attention over a
+sequence so long that it has as many (query, key) pairs as ours with its re-injections.
+
+The optimiser step of a whole model: `benchmarks/gpu_training_step.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from torch import Tensor
+
+from lookagain_ext import VisualContext, ops, reference
+from lookagain_ext.bench import table
+from lookagain_ext.bench.measure import Comparison, Row
+from lookagain_ext.bench.problems import MODELS, ModelShape
+
+from .gpu_kernels import row, same
+from .gpu_plots import plot_kernels
+from .gpu_timing import compare, describe
+
+BFLOAT16 = torch.bfloat16
+FLOP_OF_PAIR = {"forward": 4, "backward": 10}  # times D, for a query head, query and key
+AT_LEAST = 1 / 0.9  # time over the baseline's: 0.9 of its rate
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A sequence with a picture at its front that is shown again at even distances."""
+
+    length: int
+    again: int = 0
+    tokens: int = 1024
+    batch: int = 1
+
+    @property
+    def starts(self) -> list[int]:
+        """Where the re-injections begin: in the three quarters after the picture."""
+        first = max(self.length // 4, self.tokens)
+        return [
+            first + (self.length - first) * (n + 1) // (self.again + 1) for n in range(self.again)
+        ]
+
+    @property
+    def pairs(self) -> float:
+        """(query, key) pairs of one head of one row, sightings included."""
+        again = sum((self.length - start) * self.tokens for start in self.starts)
+        return self.length * (self.length + 1) / 2 + again
+
+    @property
+    def same_flop(self) -> int:
+        """Length of plain causal attention with as many pairs, to a multiple of 64."""
+        return round(math.sqrt(2 * self.pairs) / 64) * 64
+
+    def __str__(self) -> str:
+        again = f", {self.again} x {self.tokens} tokens" if self.again else ""
+        return f"L={self.length}{again}"
+
+
+SHAPES = (
+    Shape(2048),
+    Shape(8192),
+    Shape(32768),
+    Shape(4096, 1, 1024),
+    Shape(8192, 2, 1024),
+    Shape(8192, 4, 256),
+    Shape(8192, 8, 1024),
+    Shape(16384, 4, 2048),
+    Shape(32768, 2, 1024),
+)
+SMALL = (Shape(192), Shape(192, 2, 32))
+
+
+class Setting:
+    """Device, shapes and patience of a run."""
+
+    def __init__(self, device: str, small: bool, seconds: float) -> None:
+        self.device = torch.device(device)
+        self.seconds = seconds
+        self.model = ModelShape(4, 2, 64) if small else MODELS["qwen2.5-vl-7b"]
+        self.shapes = SMALL if small else SHAPES
+        self.growth = (64, 128) if small else (8192, 32768)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this is a measurement."""
+        return self.device.type == "cuda"
+
+    def tensors(self, length: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query, key, value and the gradient of the result, laid out as models do."""
+        model = self.model
+        heads = (model.query_heads, model.key_heads, model.key_heads, model.query_heads)
+        sizes = [(batch, length, number, model.head_dim) for number in heads]
+        drawn = [torch.randn(size, dtype=BFLOAT16, device=self.device) for size in sizes]
+        query, key, value, upstream = (x.transpose(1, 2) for x in drawn)
+        return *(x.requires_grad_() for x in (query, key, value)), upstream
+
+    def visual(self, shape: Shape) -> VisualContext | None:
+        """The shape's re-injections."""
+        if not shape.again:
+            return None
+        span = torch.tensor([[[8, shape.tokens]]] * shape.batch, dtype=torch.int32)
+        half = self.model.head_dim // 2
+        visual = VisualContext.from_spans(span, 1e6 ** -(torch.arange(half) / half))
+        for start in shape.starts:
+            everyone = torch.ones(shape.batch, dtype=torch.bool)
+            visual = visual.reinject(everyone, start - 8, start)
+        return visual.to(self.device)
+
+    def timed(self, call: Callable[[], object]) -> Callable[[], float]:
+        """Seconds of the device's work, launches queued behind a pause so that they do not show."""
+        if not self.on_gpu:
+
+            def wall() -> float:
+                begin = time.perf_counter()
+                call()
+                return time.perf_counter() - begin
+
+            return wall
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def run() -> float:
+            torch.cuda._sleep(4_000_000)
+            first.record()
+            call()
+            last.record()
+            last.synchronize()
+            return first.elapsed_time(last) / 1e3
+
+        return run
+
+    def peak(self, call: Callable[[], object]) -> int:
+        """Bytes that a call needs at most beyond what is held before it."""
+        if not self.on_gpu:
+            call()
+            return 0
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def sdpa(setting: Setting) -> dict[str, Attention]:
+    """torch's SDPA with the backends that are to be compared with."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def with_backend(backend: SDPBackend) -> Attention:
+        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(
+                    query, key, value, is_causal=True, enable_gqa=True
+                )
+
+        return call
+
+    if not setting.on_gpu:
+        return {"SDPA math": with_backend(SDPBackend.MATH)}
+    return {
+        "SDPA flash": with_backend(SDPBackend.FLASH_ATTENTION),
+        "SDPA cuDNN": with_backend(SDPBackend.CUDNN_ATTENTION),
+    }
+
+
+def ours(visual: VisualContext | None) -> Attention:
+    """routed_attention with these re-injections."""
+    return lambda query, key, value: ops.routed_attention(query, key, value, visual)
+
+
+def both_ways(
+    setting: Setting, attention: Attention, tensors: tuple[Tensor, ...]
+) -> tuple[Callable[[], float], Callable[[], float]]:
+    """Timed forward, with what it keeps for the backward, and timed backward."""
+    *inputs, upstream = tensors
+    out = attention(*inputs)
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+
+    return setting.timed(lambda: attention(*inputs)), setting.timed(backward)
+
+
+def attention(setting: Setting, console: Console) -> Iterator[Row]:
+    """Forward and backward against SDPA on the same FLOP; plain ones checked against it."""
+    for shape in setting.shapes:
+        tensors, visual = setting.tensors(shape.length), setting.visual(shape)
+        plain = setting.tensors(shape.same_flop)
+        peers = sdpa(setting)
+        check(setting, shape, tensors, visual, next(iter(peers.values())))
+        ways = {"forward": {}, "backward": {}}
+        for name, (call, given) in {
+            "ours": (ours(visual), tensors),
+            **{name: (call, plain) for name, call in peers.items()},
+        }.items():
+            try:
+                there, back = both_ways(setting, call, given)
+                there(), back()
+            except RuntimeError as error:
+                console.print(f"{name} left out: {str(error)[:150]}", highlight=False)
+                continue
+            ways["forward"][name], ways["backward"][name] = there, back
+        for way, calls in ways.items():
+            comparison = compare(calls, setting.seconds)
+            yield from against_peers(setting, f"{way} {shape}", shape, way, comparison)
+        del ways, tensors, plain
+
+
+def against_peers(
+    setting: Setting, name: str, shape: Shape, way: str, comparison: Comparison
+) -> Iterator[Row]:
+    """One row for each baseline, its and our rate beside."""
+    model = setting.model
+    flop = FLOP_OF_PAIR[way] * model.head_dim * model.query_heads * shape.batch
+    mine = flop * shape.pairs / comparison.timing("ours").p50 / 1e12
+    peers = [peer for peer in comparison.seconds if peer != "ours"]
+    fastest = comparison.fastest(*peers)
+    for peer in peers:
+        length = shape.same_flop
+        theirs = flop * length * (length + 1) / 2 / comparison.timing(peer).p50 / 1e12
+        note = f"{mine:.0f} beside {theirs:.0f} TFLOP/s"
+        against = f"{peer}, L={length}"
+        goal = AT_LEAST if peer == fastest else None
+        yield row(name, against, comparison, "ours", peer, goal, note)
+
+
+def check(
+    setting: Setting,
+    shape: Shape,
+    tensors: tuple[Tensor, ...],
+    visual: VisualContext | None,
+    peer: Attention,
+) -> None:
+    """A benchmark of a wrong result is worthless: without re-injections against SDPA, with them
+    against the reference where that fits (one key head, the last queries).
+    """
+    query, key, value, upstream = tensors
+    if visual is None:
+        results = []
+        for call in (ours(None), peer):
+            out = call(query, key, value)
+            results.append((out, *torch.autograd.grad(out, (query, key, value), upstream)))
+        for found, expected in zip(*results, strict=True):
+            same(found, expected)
+        return
+    group = setting.model.query_heads // setting.model.key_heads
+    last = min(32, shape.length)
+    with torch.no_grad():
+        found = ops.routed_attention(query, key, value, visual)
+        part = query[:, :group, -last:], key[:, :1], value[:, :1]
+        expected = reference.routed_attention(*part, visual)
+    same(found[:, :group, -last:], expected)
+
+
+def memory(setting: Setting, console: Console) -> Iterator[Row]:
+    """Peak of a forward and backward at two lengths: linear growth is the ratio of the lengths."""
+    del console
+    for again in (0, 2, 8):
+        peaks = []
+        for length in setting.growth:
+            shape = Shape(length, again, setting.growth[0] // 8)
+            *inputs, upstream = setting.tensors(length)
+            call = ours(setting.visual(shape))
+
+            def step(call: Attention = call, inputs: list = inputs, up: Tensor = upstream) -> None:
+                torch.autograd.grad(call(*inputs), inputs, up)
+
+            peaks.append(max(setting.peak(step), 1))
+        short, long = setting.growth
+        ratio, most = peaks[1] / peaks[0], 1.1 * long / short
+        note = ", ".join(
+            f"{peak / length / 1e3:.1f} KB a token at L={length}"
+            for peak, length in zip(peaks, setting.growth, strict=True)
+        )
+        name = f"peak memory, {again} re-injections, L={short} to {long}"
+        yield Row(name, "itself", ratio, ratio, ratio, 0, f"<= {most:.3g}x", ratio <= most, note)
+
+
+def mass(setting: Setting, console: Console) -> Iterator[Row]:
+    """visual_mass of the last half of the queries, beside the forward whose LSE it uses."""
+    del console
+    for shape in setting.shapes:
+        if shape.again:
+            yield mass_of(setting, shape)
+
+
+def mass_of(setting: Setting, shape: Shape) -> Row:
+    """The row of one shape."""
+    query, key, value, _ = (x.detach() for x in setting.tensors(shape.length))
+    visual, counted = setting.visual(shape), shape.length // 2
+    first = shape.length - counted
+    rows = torch.tensor([[[first, shape.length]]], dtype=torch.int32, device=setting.device)
+    _, lse = ops.routed_attention(query, key, value, visual, return_lse=True)
+    found = ops.visual_mass(query, key, visual, rows, lse=lse)
+    group = setting.model.query_heads // setting.model.key_heads
+    few = torch.tensor([[[shape.length - 16, shape.length]]], dtype=torch.int32)
+    few = few.to(setting.device)
+    same(
+        ops.visual_mass(query, key, visual, few, lse=lse)[:, :, :1],
+        reference.visual_mass(query[:, :group, -16:], key[:, :1], visual, few),
+    )
+    calls = {
+        "ours": lambda: ops.visual_mass(query, key, visual, rows, lse=lse),
+        "forward": lambda: ops.routed_attention(query, key, value, visual),
+    }
+    timed = {name: setting.timed(call) for name, call in calls.items()}
+    comparison = compare(timed, setting.seconds)
+    seen = counted + sum(shape.length - max(start, first) for start in shape.starts)
+    flop = 2 * setting.model.head_dim * setting.model.query_heads * seen * found.shape[-1]
+    note = f"{flop / comparison.timing('ours').p50 / 1e12:.0f} TFLOP/s"
+    name = f"visual_mass {shape}, {counted} queries"
+    return row(name, "the forward, without gradient", comparison, "ours", "forward", None, note)
+
+
+def new_lengths(setting: Setting, console: Console) -> Iterator[Row]:
+    """The first call at a length that has not been seen, which libraries may plan for."""
+    del console
+    first, again = [], []
+    for number in range(4):
+        length = (64 if not setting.on_gpu else 3072) + 8 * number
+        *inputs, upstream = setting.tensors(length)
+        for times in (first, again):
+            if setting.on_gpu:
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            torch.autograd.grad(ours(None)(*inputs), inputs, upstream)
+            if setting.on_gpu:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+    ratio = sorted(a / b for a, b in zip(first, again, strict=True))
+    spread = (ratio[2], ratio[1], ratio[-1])
+    yield Row("first call at a length", "the second", *spread, max(first) * 1e3, "", None)
+
+
+SUITES = {"attention": attention, "mass": mass, "memory": memory, "new_lengths": new_lengths}
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try the suite.")] = "cuda",
+    small: Annotated[bool, typer.Option(help="Tiny shapes: does every row run?")] = False,
+    seconds: Annotated[float, typer.Option(help="For each comparison.")] = 0.6,
+    suite: Annotated[list[str] | None, typer.Option(help="Names of suites; all if none.")] = None,
+) -> None:
+    """Measure every row and print the table."""
+    console = Console(width=170)
+    setting = Setting(device, small, seconds)
+    where = describe(setting.device)
+    rows = []
+    for name in suite or SUITES:
+        for entry in SUITES[name](setting, console):
+            rows.append(entry)
+            console.print(
+                f"{entry.name} | {entry.against} | {entry.ratio:.3g} | {entry.milliseconds:.3f} ms "
+                f"| {entry.note}",
+                highlight=False,
+            )
+            if out is not None:  # kept row by row: a run that is cut off keeps what it found
+                out.parent.mkdir(parents=True, exist_ok=True)
+                result = {"machine": where, "rows": [row.as_dict() for row in rows]}
+                out.write_text(json.dumps(result, indent=1) + "\n")
+    console.print(table(rows))
+    if out is not None:
+        plot_kernels(result, out.with_suffix(".png"))
+        console.print(f"Results: {out}, {out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,209 @@
+"""Who sees what in a call with many queries, cut into pieces for a library's attention.
+
+The *plain* piece of a row: its own keys, seen causally by its last queries. A *pair* (row,
+re-injection): all queries from `start` on see all the tokens shown, a rectangle. Reading it takes
+one copy of small index tensors to the host; without re-injections and padding there is none.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..visual import NEVER
+from ._fused_attention import Sequences
+
+Fields = tuple[Tensor | None, ...]  # key_start, key_length, spans, inv_freq, shift, start, selected
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One re-injection of one row."""
+
+    row: int
+    first: int  # query that sees it; all later ones do
+    number: int  # of the re-injection
+    runs: tuple[tuple[int, int], ...] | None  # (first key, length); None: `index` tells
+    count: int  # of tokens shown
+    index: Tensor | None = None  # int64 [count], their keys
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Pairs that go through the library in one call, one sequence each."""
+
+    pairs: tuple[Pair, ...]
+    queries: int  # L_q of the call
+    sequences: Sequences | None  # None for a single pair
+    cosine: Tensor  # float32 [queries, half], of each query's shift
+    sine: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The pieces of a call.
+
+    Attributes:
+        keys: (first, end) of the keys that every query may see, where all rows are alike; then the
+            plain piece is one batch.
+        plain: else the rows' pieces, with a sequence for each gap: queries [B L_q], keys [B L_k].
+        groups: the pairs.
+    """
+
+    keys: tuple[int, int] | None
+    plain: Sequences | None
+    groups: tuple[Group, ...] = ()
+
+
+def read_layout(query: Tensor, key: Tensor, fields: Fields) -> Layout:
+    """The layout of a call.
+
+    Args:
+        query: [B, H_q, L_q, D]; only its shape and device are read.
+        key: [B, H_kv, L_k, D], likewise.
+        fields: int32 key_start and key_length [B] or None, then those of a `VisualContext` or None.
+    """
+    key_start, key_length, spans, _, shift, *_ = fields
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    again = spans is not None and shift.shape[1] > 0 and spans.shape[1] > 0
+    if key_start is None and key_length is None and not again and queries <= keys:
+        return Layout((0, keys), None)
+    shown = _shown_tokens(keys, fields) if again and fields[6] is not None else None
+    starts, lengths, rows = _on_host(batch, keys, fields, again, shown)
+    bounds = []
+    for start, length in zip(starts, lengths, strict=True):
+        end = min(max(length, 0), keys)
+        bounds.append((min(max(start, 0), end), end))
+    alike = len(set(bounds)) == 1 and bounds[0][1] - bounds[0][0] >= queries
+    plain = None if alike else _plain_sequences(bounds, queries, keys, query.device)
+    pairs = _pairs(rows, [end for _, end in bounds], queries, shown) if again else []
+    return Layout(bounds[0] if alike else None, plain, _groups(pairs, queries, batch, fields))
+
+
+def _shown_tokens(keys: int, fields: Fields) -> tuple[Tensor, Tensor]:
+    """Of a selection: int64 [B, R, L_c] keys, those shown first, and int64 [B, R] how many are."""
+    _, key_length, spans, _, _, _, selected = fields
+    first, length = spans.long().unbind(-1)
+    number = torch.arange(selected.shape[-1], device=spans.device)
+    number = number.expand(first.shape[0], -1).contiguous()
+    end = length.cumsum(-1)
+    span = torch.searchsorted(end, number, right=True)
+    inside = span < first.shape[1]
+    token = (first - (end - length)).gather(1, span.clamp(max=first.shape[1] - 1)) + number
+    limit = keys if key_length is None else key_length.clamp(max=keys)[:, None]
+    shown = selected & (inside & (token >= 0) & (token < limit))[:, None]
+    order = shown.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
+    return token[:, None].expand_as(order).gather(-1, order), shown.sum(-1)
+
+
+def _on_host(
+    batch: int, keys: int, fields: Fields, again: bool, shown: tuple[Tensor, Tensor] | None
+) -> tuple[list[int], list[int], list[tuple]]:
+    """key_start, key_length, and (spans, start, tokens shown) of each row: one copy."""
+    key_start, key_length, spans, _, _, start, _ = fields
+    tensors = [x for x in (key_start, key_length) if x is not None]
+    if again:
+        tensors += [spans, start] + ([] if shown is None else [shown[1]])
+    starts, lengths = [0] * batch, [keys] * batch
+    if not tensors:
+        return starts, lengths, []
+    flat = torch.cat([x.reshape(batch, -1).to(torch.int32) for x in tensors], 1).tolist()
+    if key_start is not None:
+        starts = [row.pop(0) for row in flat]
+    if key_length is not None:
+        lengths = [row.pop(0) for row in flat]
+    rows = []
+    for row in flat if again else ():
+        width = 2 * spans.shape[1]
+        runs = list(zip(row[:width:2], row[1:width:2], strict=True))
+        rows.append((runs, row[width : width + start.shape[1]], row[width + start.shape[1] :]))
+    return starts, lengths, rows
+
+
+def _plain_sequences(
+    bounds: list[tuple[int, int]], queries: int, keys: int, device: torch.device
+) -> Sequences:
+    lengths = []
+    for start, end in bounds:
+        seeing = min(queries, end - start)
+        lengths += [(queries - seeing, 0), (0, start), (seeing, end - start), (0, keys - end)]
+    return Sequences.of([pair for pair in lengths if pair != (0, 0)], device)
+
+
+def _pairs(
+    rows: list[tuple], ends: list[int], queries: int, shown: tuple[Tensor, Tensor] | None
+) -> list[Pair]:
+    pairs = []
+    for row, (runs, starts, counts) in enumerate(rows):
+        cut = [(max(a, 0), min(a + n, ends[row])) for a, n in runs]
+        kept = tuple((a, end - a) for a, end in cut if end > a)
+        for number, start in enumerate(starts):
+            first = min(max(start - (ends[row] - queries), 0), queries)
+            count = sum(n for _, n in kept) if shown is None else counts[number]
+            if start == NEVER or first == queries or count == 0:
+                continue
+            if shown is None:
+                pairs.append(Pair(row, first, number, kept, count))
+            else:
+                pairs.append(Pair(row, first, number, None, count, shown[0][row, number, :count]))
+    return pairs
+
+
+def _groups(pairs: list[Pair], queries: int, batch: int, fields: Fields) -> tuple[Group, ...]:
+    """As few calls as turn no more queries at a time than the plain piece has."""
+    if not pairs:
+        return ()
+    inv_freq, shift = fields[3], fields[4]
+    angle = shift[..., None].double() * inv_freq.double()
+    table = torch.stack([angle.cos(), angle.sin()]).float()
+    together: list[list[Pair]] = [[]]
+    held = 0
+    for pair in pairs:
+        if together[-1] and held + queries - pair.first > batch * queries:
+            together.append([])
+            held = 0
+        together[-1].append(pair)
+        held += queries - pair.first
+    groups = []
+    for each in together:
+        lengths = [(queries - pair.first, pair.count) for pair in each]
+        turns = [
+            table[:, pair.row, pair.number].expand(count, -1, -1)
+            for pair, (count, _) in zip(each, lengths, strict=True)
+        ]
+        cosine, sine = torch.cat(turns).unbind(1)
+        sequences = Sequences.of(lengths, shift.device) if len(each) > 1 else None
+        groups.append(Group(tuple(each), queries, sequences, cosine, sine))
+    return tuple(groups)
+
+
+class LayoutCache:
+    """Layouts of the last calls: the layers of a training step share theirs.
+
+    An entry holds the index tensors that it was read from and is good while the very same objects
+    come, unchanged.
+    """
+
+    def __init__(self, size: int = 64) -> None:
+        self._entries: OrderedDict[tuple, tuple[list, Layout]] = OrderedDict()
+        self._size = size
+
+    def read(self, query: Tensor, key: Tensor, fields: Fields) -> Layout:
+        """As `read_layout`."""
+        tensors = [x for x in fields if x is not None]
+        if any(x.is_inference() for x in tensors):
+            return read_layout(query, key, fields)
+        name = (query.shape[0], query.shape[2], key.shape[2], *map(id, fields))
+        now = [(x, x._version) for x in tensors]
+        held = self._entries.get(name)
+        if held is not None and all(version == x._version for x, version in held[0]):
+            self._entries.move_to_end(name)
+            return held[1]
+        layout = read_layout(query, key, fields)
+        self._entries[name] = (now, layout)
+        if len(self._entries) > self._size:
+            self._entries.popitem(last=False)
+        return layout
