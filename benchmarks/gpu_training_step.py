@@ -92,10 +92,14 @@ def main(
     if small:
         layers, length, batch = 1, 760, 1
     model = decoder(layers, device, small)
+    if small:
+        model.float()  # bfloat16 products take a CPU long
+    model.model.visual.requires_grad_(False)
     inputs = batch_of(length, batch, device, REFLECTIONS)
     expanded = batch_of(length + REFLECTIONS * GRID * GRID, batch, device, 0)
     fused = {"fused": True} if device == "cuda" else {}
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, **fused)
+    trained = [x for x in model.parameters() if x.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-6, **fused)
     steps = {
         kind: Step(model, optimiser, expanded if kind == "expanded" else inputs, kind)
         for kind in ("plain", "off", "copy", "route", "expanded")

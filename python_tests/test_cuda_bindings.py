@@ -48,6 +48,16 @@ def test_attention_reaches_the_device(dtype: torch.dtype, select: bool) -> None:
         ops.routed_attention(*problem[:3], key_length=problem.key_length, block_table=table)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_mass_reaches_the_device(dtype: torch.dtype) -> None:
+    problem = Case(dtype=dtype, select=True, queries=20).make()
+    query, key, _, visual = problem[:4]
+    rows = torch.tensor([[[3, 30]], [[0, 9]]], dtype=torch.int32)
+    lse = torch.zeros(query.shape[:3])
+    with pytest.raises(RuntimeError, match=REACHED):
+        ops.visual_mass(query, key, visual, rows, lse=lse, **problem.kwargs())
+
+
 def test_selection_and_append_reach_the_device() -> None:
     problem = Case(dtype=torch.bfloat16, select=True).make()
     visual, counts = problem.visual, torch.tensor([3, 4], dtype=torch.int32)

@@ -78,19 +78,19 @@ def rounded_attention(query, key, value, visual, *, return_lse, key_start, key_l
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_against_the_specification(case: Case, dtype: torch.dtype) -> None:
-    compare(case.but(dtype=dtype, poison=False).make())
+def test_against_the_specification(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+    compare(case.but(dtype=dtype, poison=False).make(device))
 
 
 @pytest.mark.parametrize("size", [8, 24, 56, 136, 200, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_head_sizes(size: int, dtype: torch.dtype) -> None:
-    compare(Case(queries=30, keys=70, size=size, dtype=dtype, poison=False).make())
+def test_head_sizes(size: int, dtype: torch.dtype, device: torch.device) -> None:
+    compare(Case(queries=30, keys=70, size=size, dtype=dtype, poison=False).make(device))
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
-def test_scales(scale: float) -> None:
-    compare(Case(queries=20, keys=40, poison=False).make(), scale=scale)
+def test_scales(scale: float, device: torch.device) -> None:
+    compare(Case(queries=20, keys=40, poison=False).make(device), scale=scale)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])

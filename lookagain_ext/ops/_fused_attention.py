@@ -166,19 +166,20 @@ def _in_order() -> Iterator[None]:
     """Asks torch for its deterministic algorithms around one call, and not to fill new memory.
 
     The settings are the process's. They are back before the call's kernels have run; the lock keeps
-    two backward threads from taking each other's for the user's.
+    two backward threads from taking each other's for the user's. torch's public function would
+    also tell its compiler, which loads it.
     """
-    memory = torch.utils.deterministic
+    memory, set_mode = torch.utils.deterministic, torch._C._set_deterministic_algorithms
     with _deterministic:
         on = torch.are_deterministic_algorithms_enabled()
         warn = torch.is_deterministic_algorithms_warn_only_enabled()
         fill = memory.fill_uninitialized_memory
-        torch.use_deterministic_algorithms(True)
+        set_mode(True, warn_only=False)
         memory.fill_uninitialized_memory = False
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(on, warn_only=warn)
+            set_mode(on, warn_only=warn)
             memory.fill_uninitialized_memory = fill
 
 

@@ -7,6 +7,7 @@ one copy of small index tensors to the host; without re-injections and padding t
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -190,6 +191,7 @@ class LayoutCache:
     def __init__(self, size: int = 64) -> None:
         self._entries: OrderedDict[tuple, tuple[list, Layout]] = OrderedDict()
         self._size = size
+        self._lock = threading.Lock()  # each device has a backward thread of its own
 
     def read(self, query: Tensor, key: Tensor, fields: Fields) -> Layout:
         """As `read_layout`."""
@@ -198,12 +200,11 @@ class LayoutCache:
             return read_layout(query, key, fields)
         name = (query.shape[0], query.shape[2], key.shape[2], *map(id, fields))
         now = [(x, x._version) for x in tensors]
-        held = self._entries.get(name)
-        if held is not None and all(version == x._version for x, version in held[0]):
-            self._entries.move_to_end(name)
+        with self._lock:
+            held = self._entries.pop(name, None)
+            if held is None or any(version != x._version for x, version in held[0]):
+                held = now, read_layout(query, key, fields)
+            self._entries[name] = held
+            if len(self._entries) > self._size:
+                self._entries.popitem(last=False)
             return held[1]
-        layout = read_layout(query, key, fields)
-        self._entries[name] = (now, layout)
-        if len(self._entries) > self._size:
-            self._entries.popitem(last=False)
-        return layout
