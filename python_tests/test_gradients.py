@@ -81,8 +81,18 @@ def test_unread_slots_are_not_touched(queries: int, device: torch.device) -> Non
             assert grad[row, :, start:length].abs().max() > 0
 
 
+@pytest.fixture
+def deterministic():
+    """torch's deterministic algorithms, which gradients on a GPU go by."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_repeats_are_bit_identical(dtype: torch.dtype, device: torch.device) -> None:
+def test_repeats_are_bit_identical(
+    dtype: torch.dtype, device: torch.device, deterministic: None
+) -> None:
     problem = PREFILL[2].but(dtype=dtype, poison=False).make(device)
     first = gradients(problem, ours)
     for _ in range(3):

@@ -73,13 +73,14 @@ struct MassBlock {
     batch_row = index / p.num_ranges;
     keys = row_keys(p, batch_row);
     const int32_t* bounds = p.rows + (batch_row * p.num_ranges + range) * 2;
-    const int64_t first = bounds[0] - keys.first_position, last = bounds[1] - keys.first_position;
+    const int64_t origin = keys.first_position;  // 64 bits: bounds go up to INT32_MAX
+    const int64_t first = bounds[0] - origin, last = bounds[1] - origin;
     const int queries = static_cast<int>(p.queries);
     begin = first < 0 ? 0 : (first > queries ? queries : static_cast<int>(first));
     end = last < begin ? begin : (last > queries ? queries : static_cast<int>(last));
   }
 
-  LA_DEVICE int position(int query) const { return static_cast<int>(keys.first_position) + query; }
+  LA_DEVICE int position(int query) const { return keys.first_position + query; }
 
   // Slot of a token's key, -1 if it has none that some query could see.
   LA_DEVICE int key_of(const VisualMassParams& p, int64_t token) const {
@@ -93,7 +94,7 @@ struct MassBlock {
   LA_DEVICE int first_seeing(const VisualParams& visual, int r) const {
     const int32_t start = visual.start[batch_row * visual.num_reinjections + r];
     if (start == kNever) return end;
-    const int64_t first = start - keys.first_position;
+    const int64_t first = start - static_cast<int64_t>(keys.first_position);
     return first < begin ? begin : (first > end ? end : static_cast<int>(first));
   }
 

@@ -1,22 +1,22 @@
 """routed_attention with many queries on a GPU, forward and backward: training and prefill.
 
-The plain causal part goes through torch's fused attention, and so does every re-injection, whose
-rectangle (queries from `start` on, turned by -shift, over the tokens shown) is ordinary attention
-without a mask; the parts are joined by their log-sum-exp. The backward hands each part the joined
-out and log-sum-exp, which makes its result that part's share; gradients of turned queries are
-turned back, and those of shown tokens are added to the rows that the tokens came from.
+The plain causal part goes through torch's fused attention, and so do the re-injections: the queries
+between the starts of two of them see all tokens shown so far, their keys turned by +shift, which is
+ordinary attention without a mask. The two parts are joined by their log-sum-exp. The backward hands
+each part the joined out and log-sum-exp, which makes its result that part's share; gradients of
+turned keys are turned back, and those of shown tokens added to the rows that the tokens came from.
 
 Why not a kernel of our own for all of it: on Hopper the libraries use the warp-group products and
 the bulk copies that a kernel for sm_80 and later cannot, 1.6 times and more of its speed, and
-nearly all of the FLOP are in these two shapes. What is lost is one pass over the turned queries.
+nearly all of the FLOP are in these two shapes.
 
 Work: 4 D (8 D + 2 D backward) FLOP for each query head, query and key seen, sightings included,
-nothing for padding. Memory: linear in the length. Bytes beyond the library's: for each pair (row,
-re-injection), 2 D H_q a query for its turned queries and as much for its out; backward also for its
-copies of grad_out and out. Pairs are taken together up to as many queries as the call has, so this
-does not grow with the number of re-injections.
+nothing for padding. Memory: linear in the length. Bytes beyond the library's: one pass to join the
+outs of the queries that see a re-injection (backward: to add their gradients), and the shown keys
+and values, which are few: (R + 1) R / 2 times those of the picture.
 
-Deterministic: no sum depends on the order in which blocks run. See `_fused_attention.backward`.
+The forward gives the same bits each time. The backward does where torch is asked for deterministic
+algorithms; see `_fused_attention.backward`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import _fused_attention as library
-from ._sightings import Fields, Group, Layout, LayoutCache, Pair, read_layout
+from ._sightings import Again, Fields, Layout, LayoutCache, read_layout
 
 _layouts = LayoutCache()
 
@@ -56,11 +56,11 @@ def forward(
         out, lse = library.forward(*flat, True, scale, layout.plain)
         out = out[0].view(query.shape)
         lse = lse[0].unflatten(1, (query.shape[0], -1)).transpose(0, 1).contiguous()
-    for group in layout.groups:
-        turned = turn(_queries(query, group), group, back=True)
-        seen = (_tokens(x, group) for x in (key, value))
-        again, weight = library.forward(turned, *seen, False, scale, group.sequences)
-        _join(out, lse, again[0], weight[0], group)
+    if layout.again is not None:
+        again = layout.again
+        seen = _seen(key, value, again)
+        found = library.forward(_queries(query, again), *seen, False, scale, again.sequences)
+        _join(out, lse, *(x[0] for x in found), again)
     return out.transpose(1, 2), lse
 
 
@@ -82,20 +82,25 @@ def backward(
     grad_query, grad_key, grad_value = _plain_backward(
         layout, grad_out, query, key, value, out, lse, scale
     )
-    if layout.groups:
-        exact = torch.promote_types(key.dtype, torch.float32)
-        grad_key, grad_value = grad_key.to(exact), grad_value.to(exact)
-    for group in layout.groups:
-        turned = turn(_queries(query, group), group, back=True)
-        upstream, result = (_queries(x, group) for x in (grad_out, out))
-        sums = torch.cat([lse[pair.row, :, pair.first :] for pair in group.pairs], 1)
-        seen = (_tokens(x, group) for x in (key, value))
+    if layout.again is not None:
+        again = layout.again
+        upstream, asking, result = (_queries(x, again) for x in (grad_out, query, out))
+        sums = torch.cat([lse[row, :, begin:] for row, begin in again.rows], 1)[None]
         shares = library.backward(
-            upstream, turned, *seen, result, sums[None], False, scale, group.sequences
+            upstream,
+            asking,
+            *_seen(key, value, again),
+            result,
+            sums,
+            False,
+            scale,
+            again.sequences,
         )
-        _add_queries(grad_query, turn(shares[0], group, back=False)[0], group)
-        _add_tokens(grad_key, shares[1][0], group)
-        _add_tokens(grad_value, shares[2][0], group)
+        _add_queries(grad_query, shares[0][0], again)
+        exact = torch.promote_types(key.dtype, torch.float32)
+        back, grad = (_shown_share(x[0], again) for x in shares[1:])
+        grad_key = _add_tokens(grad_key.to(exact), turn(back, again, back=True), again)
+        grad_value = _add_tokens(grad_value.to(exact), grad, again)
     grads = (grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype))
     return tuple(x.transpose(1, 2) for x in grads)
 
@@ -126,16 +131,16 @@ def _plain_backward(
     return grad_query, *grads
 
 
-def turn(x: Tensor, group: Group, back: bool) -> Tensor:
-    """Vectors [1, queries, H, D] of a group turned by their pair's +shift, or -shift, in float32.
+def turn(x: Tensor, again: Again, back: bool) -> Tensor:
+    """Shown tokens [tokens, H_kv, D] turned by their pair's +shift, or -shift, in float32.
 
     NeoX layout; features past the rotary ones are copied.
     """
-    half = group.cosine.shape[-1]
-    cosine, sine = (table[:, None] for table in (group.cosine, group.sine))
+    half = again.cosine.shape[-1]
+    cosine, sine = (table[:, None] for table in (again.cosine, again.sine))
     if back:
         sine = -sine
-    turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    turned = torch.empty_like(x)
     first, second = x[..., :half], x[..., half : 2 * half]
     turned[..., :half] = (first * cosine).addcmul_(second, sine, value=-1)
     turned[..., half : 2 * half] = (second * cosine).addcmul_(first, sine)
@@ -143,70 +148,75 @@ def turn(x: Tensor, group: Group, back: bool) -> Tensor:
     return turned
 
 
-def _queries(x: Tensor, group: Group) -> Tensor:
-    """What belongs to a group's queries of x [B, L_q, H, D], behind each other, B = 1."""
-    parts = [x[pair.row, pair.first :] for pair in group.pairs]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+def _queries(x: Tensor, again: Again) -> Tensor:
+    """What belongs to the queries that see a re-injection of x [B, L_q, H, D], B = 1."""
+    return _together([x[row, begin:] for row, begin in again.rows])[None]
 
 
-def _tokens(x: Tensor, group: Group) -> Tensor:
-    """The tokens shown by a group, of keys or values [B, L_k, H_kv, D]."""
+def _seen(key: Tensor, value: Tensor, again: Again) -> tuple[Tensor, Tensor]:
+    """Keys and values of all segments behind each other, B = 1."""
+    shown = (turn(_tokens(key, again), again, back=False), _tokens(value, again))
+    return tuple(_together([x[first:end] for first, end in again.seen])[None] for x in shown)
+
+
+def _tokens(x: Tensor, again: Again) -> Tensor:
+    """The shown tokens of keys or values [B, L_k, H_kv, D]."""
     parts = []
-    for pair in group.pairs:
+    for pair in again.pairs:
         if pair.runs is None:
             parts.append(x[pair.row, pair.index])
         else:
             parts += [x[pair.row, first : first + length] for first, length in pair.runs]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+    return _together(parts)
 
 
-def _by_row(group: Group) -> list[tuple[int, int, list[tuple[Pair, int]]]]:
-    """For each row its earliest query, and its pairs with their place in the group's queries."""
-    found: dict[int, list[tuple[Pair, int]]] = {}
+def _together(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _join(out: Tensor, lse: Tensor, part: Tensor, weight: Tensor, again: Again) -> None:
+    """Joins the results [queries, H, D] and [H, queries] with `out` and `lse`, in place."""
     place = 0
-    for pair in group.pairs:
-        found.setdefault(pair.row, []).append((pair, place))
-        place += group.queries - pair.first
-    return [(row, min(p.first for p, _ in pairs), pairs) for row, pairs in found.items()]
-
-
-def _join(out: Tensor, lse: Tensor, again: Tensor, weight: Tensor, group: Group) -> None:
-    """Joins a group's results [queries, H, D] and [H, queries] with `out` and `lse`, in place."""
-    for row, begin, pairs in _by_row(group):
+    for row, begin in again.rows:
         before = lse[row, :, begin:]
-        total = before.clone()
-        for pair, place in pairs:
-            part, count = total[:, pair.first - begin :], group.queries - pair.first
-            torch.logaddexp(part, weight[:, place : place + count], out=part)
+        mine = slice(place, place + before.shape[1])
+        place = mine.stop
+        total = torch.logaddexp(before, weight[:, mine])
         finite = total.masked_fill(total == -math.inf, 0.0)
-        share = (before - finite).exp_().mT[..., None]
-        mixed = out[row, begin:] * share
-        for pair, place in pairs:
-            count, skipped = group.queries - pair.first, pair.first - begin
-            share = (weight[:, place : place + count] - finite[:, skipped:]).exp_()
-            mixed[skipped:].addcmul_(again[place : place + count], share.mT[..., None])
-        out[row, begin:] = mixed
+        one, other = ((x - finite).exp_().mT[..., None] for x in (before, weight[:, mine]))
+        out[row, begin:] = (out[row, begin:] * one).addcmul_(part[mine], other)
         lse[row, :, begin:] = total
 
 
-def _add_queries(grad: Tensor, shares: Tensor, group: Group) -> None:
-    """Adds a group's gradients to those of the queries, in place, one rounding each."""
-    exact = torch.promote_types(grad.dtype, torch.float32)
-    for row, begin, pairs in _by_row(group):
-        total = grad[row, begin:].to(exact)
-        for pair, place in pairs:
-            count = group.queries - pair.first
-            total[pair.first - begin :] += shares[place : place + count]
-        grad[row, begin:] = total
+def _add_queries(grad: Tensor, shares: Tensor, again: Again) -> None:
+    """Adds gradients of the queries that see a re-injection to those of all, in place."""
+    place = 0
+    for row, begin in again.rows:
+        count = grad.shape[1] - begin
+        grad[row, begin:] += shares[place : place + count]
+        place += count
 
 
-def _add_tokens(grad: Tensor, shares: Tensor, group: Group) -> None:
-    """Adds a group's gradients of shown tokens to those of their rows, in place.
+def _shown_share(shares: Tensor, again: Again) -> Tensor:
+    """Gradients of the shown tokens, from those of all segments; float32, in a fixed order."""
+    if again.sequences is None:
+        return shares.to(torch.promote_types(shares.dtype, torch.float32))
+    shape = (len(again.cosine), *shares.shape[1:])
+    total = shares.new_zeros(shape, dtype=torch.promote_types(shares.dtype, torch.float32))
+    place = 0
+    for first, end in again.seen:
+        total[first:end] += shares[place : place + end - first]
+        place += end - first
+    return total
+
+
+def _add_tokens(grad: Tensor, shares: Tensor, again: Again) -> Tensor:
+    """Adds gradients of the shown tokens to those of their rows, in place.
 
     Pair by pair: within one the rows are distinct, so nothing is added in a race.
     """
     place = 0
-    for pair in group.pairs:
+    for pair in again.pairs:
         if pair.runs is None:
             grad[pair.row, pair.index] += shares[place : place + pair.count]
             place += pair.count
@@ -214,3 +224,4 @@ def _add_tokens(grad: Tensor, shares: Tensor, group: Group) -> None:
         for first, length in pair.runs:
             grad[pair.row, first : first + length] += shares[place : place + length]
             place += length
+    return grad

@@ -6,8 +6,9 @@ The one interface between `_cuda_training.py` and the libraries that do the arit
 other. Causal means that the last query of a sequence sees its last key.
 
 * bfloat16 and float16 on a GPU: FlashAttention through aten, which takes sequences, and cuDNN,
-  whose forward is faster on Hopper, for plain causal attention. Both give the log-sum-exp of scaled
-  logits in natural units, so either's backward takes the other's.
+  which is faster on Hopper, for plain causal attention. Both give the log-sum-exp of scaled logits
+  in natural units, so either's backward takes the other's. cuDNN makes a plan for each new length,
+  some 50 ms once.
 * Everything else, float32 first of all: matrix products over blocks of queries, with logits of one
   block at a time, so that memory stays linear in the length.
 
@@ -20,9 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -31,7 +30,6 @@ from torch import Tensor
 
 HALVES = (torch.bfloat16, torch.float16)
 _BLOCK_LOGITS = 2**26  # of one block of queries in the chunked arithmetic
-_deterministic = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +65,7 @@ def forward(
     """Out like query, and the float32 log-sum-exp; zeros and -inf where there is nothing to see."""
     if not _is_fused(query):
         return _chunked_forward(query, key, value, causal, scale, sequences)
-    if sequences is None and causal and _cudnn_forward_fits(query, key):
+    if sequences is None and causal and _cudnn_fits(query, key):
         turned = (x.transpose(1, 2) for x in (query, key, value))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *turned, None, True, 0.0, True, False, scale=scale
@@ -97,11 +95,31 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This part's share of the gradients of query, key and value, in their dtypes.
 
-    The same inputs give the same bits: FlashAttention sums the gradient of the query in a fixed
-    order, which costs it a workspace and some time, and cuDNN, which would not, is not used.
+    The libraries' backward adds gradients of the query in the order in which blocks happen to run.
+    Where torch is asked for deterministic algorithms (`torch.use_deterministic_algorithms`) only
+    FlashAttention is used, which then sums in a fixed order, at about half the speed.
     """
     if not _is_fused(query):
         return _chunked_backward(grad_out, query, key, value, out, lse, causal, scale, sequences)
+    exact_order = torch.are_deterministic_algorithms_enabled()
+    if sequences is None and causal and not exact_order and _cudnn_fits(query, key):
+        turned = [x.transpose(1, 2) for x in (grad_out, query, key, value, out)]
+        state = torch.empty(2, dtype=torch.int64, device=query.device)  # of dropout, unread
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *turned,
+            lse.contiguous()[..., None],
+            state[0],
+            state[1],
+            None,
+            None,
+            None,
+            query.shape[1],
+            key.shape[1],
+            0.0,
+            True,
+            scale=scale,
+        )
+        return tuple(x.transpose(1, 2) for x in grads)
     layout = _flash_layout(query, key, sequences)
     # exp(logit - inf) is the weight 0 of a query with nothing to see.
     lse = lse.masked_fill(lse == -math.inf, math.inf)
@@ -110,18 +128,17 @@ def backward(
         tensors = tuple(x[0] for x in tensors)
     grad_out, query, key, value, out, lse = tensors
     state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of dropout, unread
-    with _in_order():
-        grads = torch.ops.aten._flash_attention_backward(
-            grad_out,
-            *(_aligned(x) for x in (query, key, value, out)),
-            lse.contiguous(),
-            *layout,
-            0.0,
-            causal,
-            state,
-            state,
-            scale=scale,
-        )
+    grads = torch.ops.aten._flash_attention_backward(
+        grad_out,
+        *(_aligned(x) for x in (query, key, value, out)),
+        lse.contiguous(),
+        *layout,
+        0.0,
+        causal,
+        state,
+        state,
+        scale=scale,
+    )
     return grads if sequences is None else tuple(x[None] for x in grads)
 
 
@@ -142,7 +159,7 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def _cudnn_forward_fits(query: Tensor, key: Tensor) -> bool:
+def _cudnn_fits(query: Tensor, key: Tensor) -> bool:
     """Where it is known to be right and the faster one: Hopper, square (its mask is top-left)."""
     size, length = query.shape[-1], query.shape[1]
     return (
@@ -159,28 +176,6 @@ def _aligned(x: Tensor) -> Tensor:
     strides = x.stride()
     odd = any(stride % 8 for stride in strides[:-1]) or x.data_ptr() % 16
     return x.contiguous() if odd or strides[-1] != 1 else x
-
-
-@contextmanager
-def _in_order() -> Iterator[None]:
-    """Asks torch for its deterministic algorithms around one call, and not to fill new memory.
-
-    The settings are the process's. They are back before the call's kernels have run; the lock keeps
-    two backward threads from taking each other's for the user's. torch's public function would
-    also tell its compiler, which loads it.
-    """
-    memory, set_mode = torch.utils.deterministic, torch._C._set_deterministic_algorithms
-    with _deterministic:
-        on = torch.are_deterministic_algorithms_enabled()
-        warn = torch.is_deterministic_algorithms_warn_only_enabled()
-        fill = memory.fill_uninitialized_memory
-        set_mode(True, warn_only=False)
-        memory.fill_uninitialized_memory = False
-        try:
-            yield
-        finally:
-            set_mode(on, warn_only=warn)
-            memory.fill_uninitialized_memory = fill
 
 
 def _chunks(

@@ -1,8 +1,9 @@
 """Who sees what in a call with many queries, cut into pieces for a library's attention.
 
-The *plain* piece of a row: its own keys, seen causally by its last queries. A *pair* (row,
-re-injection): all queries from `start` on see all the tokens shown, a rectangle. Reading it takes
-one copy of small index tensors to the host; without re-injections and padding there is none.
+The *plain* piece of a row: its own keys, seen causally by its last queries. Beside it a row has
+*segments*: runs of queries between the starts of its re-injections, each of which sees all tokens
+shown up to there, a rectangle without a mask. Reading the layout takes one copy of small index
+tensors to the host; without re-injections and padding there is none.
 """
 
 from __future__ import annotations
@@ -33,13 +34,25 @@ class Pair:
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
-    """Pairs that go through the library in one call, one sequence each."""
+class Again:
+    """All re-injections of a call, for one call of the library.
 
+    Attributes:
+        rows: (row, first query that sees one), for each row with one. The queries of the library's
+            call are those of each from there on, behind each other.
+        pairs: by row, then by the query that they begin at. The *shown* tokens are those of each
+            pair, behind each other.
+        seen: for each segment the (first, end) of the shown tokens that it sees.
+        sequences: the segments; None for a single one.
+        cosine: float32 [shown tokens, half], of each one's shift.
+        sine: likewise.
+    """
+
+    rows: tuple[tuple[int, int], ...]
     pairs: tuple[Pair, ...]
-    queries: int  # L_q of the call
-    sequences: Sequences | None  # None for a single pair
-    cosine: Tensor  # float32 [queries, half], of each query's shift
+    seen: tuple[tuple[int, int], ...]
+    sequences: Sequences | None
+    cosine: Tensor
     sine: Tensor
 
 
@@ -51,12 +64,12 @@ class Layout:
         keys: (first, end) of the keys that every query may see, where all rows are alike; then the
             plain piece is one batch.
         plain: else the rows' pieces, with a sequence for each gap: queries [B L_q], keys [B L_k].
-        groups: the pairs.
+        again: the re-injections.
     """
 
     keys: tuple[int, int] | None
     plain: Sequences | None
-    groups: tuple[Group, ...] = ()
+    again: Again | None = None
 
 
 def read_layout(query: Tensor, key: Tensor, fields: Fields) -> Layout:
@@ -81,7 +94,7 @@ def read_layout(query: Tensor, key: Tensor, fields: Fields) -> Layout:
     alike = len(set(bounds)) == 1 and bounds[0][1] - bounds[0][0] >= queries
     plain = None if alike else _plain_sequences(bounds, queries, keys, query.device)
     pairs = _pairs(rows, [end for _, end in bounds], queries, shown) if again else []
-    return Layout(bounds[0] if alike else None, plain, _groups(pairs, queries, batch, fields))
+    return Layout(bounds[0] if alike else None, plain, _again(pairs, queries, fields))
 
 
 def _shown_tokens(keys: int, fields: Fields) -> tuple[Tensor, Tensor]:
@@ -153,32 +166,28 @@ def _pairs(
     return pairs
 
 
-def _groups(pairs: list[Pair], queries: int, batch: int, fields: Fields) -> tuple[Group, ...]:
-    """As few calls as turn no more queries at a time than the plain piece has."""
+def _again(pairs: list[Pair], queries: int, fields: Fields) -> Again | None:
     if not pairs:
-        return ()
+        return None
+    pairs = sorted(pairs, key=lambda pair: (pair.row, pair.first, pair.number))
+    rows, seen, lengths = [], [], []
+    place = 0
+    for row in sorted({pair.row for pair in pairs}):
+        mine = [pair for pair in pairs if pair.row == row]
+        rows.append((row, mine[0].first))
+        firsts = sorted({pair.first for pair in mine})
+        for first, end in zip(firsts, [*firsts[1:], queries], strict=True):
+            shown = sum(pair.count for pair in mine if pair.first <= first)
+            seen.append((place, place + shown))
+            lengths.append((end - first, shown))
+        place += sum(pair.count for pair in mine)
     inv_freq, shift = fields[3], fields[4]
     angle = shift[..., None].double() * inv_freq.double()
     table = torch.stack([angle.cos(), angle.sin()]).float()
-    together: list[list[Pair]] = [[]]
-    held = 0
-    for pair in pairs:
-        if together[-1] and held + queries - pair.first > batch * queries:
-            together.append([])
-            held = 0
-        together[-1].append(pair)
-        held += queries - pair.first
-    groups = []
-    for each in together:
-        lengths = [(queries - pair.first, pair.count) for pair in each]
-        turns = [
-            table[:, pair.row, pair.number].expand(count, -1, -1)
-            for pair, (count, _) in zip(each, lengths, strict=True)
-        ]
-        cosine, sine = torch.cat(turns).unbind(1)
-        sequences = Sequences.of(lengths, shift.device) if len(each) > 1 else None
-        groups.append(Group(tuple(each), queries, sequences, cosine, sine))
-    return tuple(groups)
+    turns = [table[:, p.row, p.number, None].expand(-1, p.count, -1) for p in pairs]
+    cosine, sine = torch.cat(turns, 1).unbind()
+    sequences = Sequences.of(lengths, shift.device) if len(lengths) > 1 else None
+    return Again(tuple(rows), tuple(pairs), tuple(seen), sequences, cosine, sine)
 
 
 class LayoutCache:
