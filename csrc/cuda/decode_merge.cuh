@@ -30,18 +30,53 @@ LA_DEVICE float counted_lse(const DecodeLaunch& a, const RowKeys& keys, int64_t 
   return counted ? max + log2f(sum) : INFINITY;
 }
 
-// Adds a token's probabilities, those of all rows of a key head in order, to the mass.
-LA_DEVICE void add_token_mass(const DecodeLaunch& a, const RowKeys& keys, int64_t batch_row,
-                              int64_t key_head, int64_t token, const float* lse) {
+// Adds the probabilities of tokens `first`, `first + step`, ... to the mass, for each token those
+// of all rows of the key head in order. `lse` has a value for each padded row, infinity for those
+// past the last. Several tokens are read before the first is used: a read takes as long as a tile.
+LA_DEVICE void add_token_mass(const DecodeLaunch& a, int64_t batch_row, int64_t key_head, int first,
+                              int step, const float* lse) {
+  constexpr int kAtOnce = 4;
   const RoutedAttentionParams& p = a.p;
-  const int64_t key = key_of_token(row_spans(p.visual, batch_row), p.visual.num_spans, token);
-  if (key < first_read(a, keys, batch_row, keys.end - 1) || key >= keys.end) return;
-  const int64_t head = batch_row * p.key_heads + key_head;
-  const float* logits = a.logits + (head * a.num_visual + token) * a.padded_rows();
-  float mass = 0;
-#pragma unroll 8
-  for (int row = 0; row < a.rows; ++row) mass += exp2_fast(logits[row] - lse[row]);
-  p.mass[batch_row * p.mass_batch_stride + key_head * p.mass_head_stride + token] += mass;
+  const RowKeys keys = row_keys(p, batch_row);
+  const int first_key = first_read(a, keys, batch_row, keys.end - 1);
+  const int rows = static_cast<int>(a.padded_rows()), tokens = static_cast<int>(a.num_visual);
+  const float* logits = a.logits + (batch_row * p.key_heads + key_head) * a.num_visual * rows;
+  float* mass = p.mass + batch_row * p.mass_batch_stride + key_head * p.mass_head_stride;
+  for (int token = first; token < tokens; token += kAtOnce * step) {
+    float sum[kAtOnce], before[kAtOnce];
+    bool seen[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int t = token + i * step;
+      seen[i] = t < tokens;
+      if (seen[i]) {
+        const int64_t key = key_of_token(row_spans(p.visual, batch_row), p.visual.num_spans, t);
+        seen[i] = key >= first_key && key < keys.end;
+      }
+      sum[i] = 0;
+      before[i] = seen[i] ? mass[t] : 0.0f;
+    }
+    for (int row = 0; row < rows; row += 4) {
+      float4 part[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t place = static_cast<int64_t>(token + i * step) * rows + row;
+        part[i] = float4{0, 0, 0, 0};
+        if (seen[i]) part[i] = *reinterpret_cast<const float4*>(logits + place);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        sum[i] += exp2_fast(part[i].x - lse[row]);
+        sum[i] += exp2_fast(part[i].y - lse[row + 1]);
+        sum[i] += exp2_fast(part[i].z - lse[row + 2]);
+        sum[i] += exp2_fast(part[i].w - lse[row + 3]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (seen[i]) mass[token + i * step] = before[i] + sum[i];
+    }
+  }
 }
 
 // Merges what the warps of a block found, `states` [warp, row] (max, sum) and `outs`
@@ -59,7 +94,8 @@ LA_DEVICE void merge_warps(const DecodeLaunch& a, int64_t batch_row, int64_t key
   float* lse = reinterpret_cast<float*>(states + kWarps * kRows);
   for (int r = warp; r < kRows; r += a.warps) {
     const int row = static_cast<int>(row_block) * kRows + r;
-    if (row >= a.rows) break;
+    if (lane == 0 && whole) lse[r] = INFINITY;
+    if (row >= a.rows) continue;
     float max = -INFINITY, sum = 0, share[kWarps];
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
@@ -98,10 +134,7 @@ LA_DEVICE void merge_warps(const DecodeLaunch& a, int64_t batch_row, int64_t key
   }
   if (!whole) return;
   __syncthreads();
-  const RowKeys keys = row_keys(a.p, batch_row);
-  for (int64_t token = threadIdx.x; token < a.num_visual; token += blockDim.x) {
-    add_token_mass(a, keys, batch_row, key_head, token, lse);
-  }
+  add_token_mass(a, batch_row, key_head, threadIdx.x, blockDim.x, lse);
 }
 
 // max and sum over the pieces of one row, worked out by a whole warp: the same in all its lanes.
@@ -128,7 +161,8 @@ LA_DEVICE float2 merged_state(const DecodeLaunch& a, int64_t head, int row) {
 // Bytes of shared memory of the combine: partial values of groups of threads (kThreads times 4 at
 // most), then weights of the pieces or the log-sum-exp of each row.
 LA_HD int64_t combine_shared_bytes(const DecodeLaunch& a) {
-  const int64_t floats = a.logits != nullptr && a.rows > a.splits ? a.rows : a.splits;
+  const int64_t rows = a.logits == nullptr ? 0 : a.padded_rows();
+  const int64_t floats = rows > a.splits ? rows : a.splits;
   return kThreads * 16 + (floats * 4 + 15) / 16 * 16;
 }
 
@@ -216,15 +250,18 @@ __global__ void __launch_bounds__(kThreads) routed_attention_combine(const Decod
   const int64_t batch_row = head / static_cast<unsigned>(p.key_heads);
   const int64_t key_head = head % static_cast<unsigned>(p.key_heads);
   const RowKeys keys = row_keys(p, batch_row);
-  float* lse = shared;  // [rows]
-  for (int row = warp; row < a.rows; row += kWarps) {
-    const float2 state = merged_state(a, head, row);
-    const float found = counted_lse(a, keys, batch_row, row, state.x, state.y);
+  float* lse = shared;  // [padded rows]
+  for (int row = warp; row < a.padded_rows(); row += kWarps) {
+    float found = INFINITY;
+    if (row < a.rows) {
+      const float2 state = merged_state(a, head, row);
+      found = counted_lse(a, keys, batch_row, row, state.x, state.y);
+    }
     if (thread % 32 == 0) lse[row] = found;
   }
   __syncthreads();
-  const int64_t token = static_cast<int64_t>(index % blocks) * kThreads + thread;
-  if (token < a.num_visual) add_token_mass(a, keys, batch_row, key_head, token, lse);
+  add_token_mass(a, batch_row, key_head, static_cast<int>(index % blocks) * kThreads + thread,
+                 static_cast<int>(blocks) * kThreads, lse);
 }
 
 }  // namespace cuda
