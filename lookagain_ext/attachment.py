@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
 from .attention import ATTENTION_NAME
@@ -23,6 +23,21 @@ _NAME = "_lookagain"
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _MISSING = "missing"
+
+
+class _Forbid(LogitsProcessor):
+    """Forbids tokens: one operation a step, where transformers' own makes its mask anew."""
+
+    def __init__(self, tokens: tuple[int, ...]) -> None:
+        self.tokens = tokens
+        self._index: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores, -inf at the tokens; ids past the vocabulary are nobody's."""
+        if self._index is None or self._index.device != scores.device:
+            known = [token for token in self.tokens if token < scores.shape[-1]]
+            self._index = torch.tensor(known, dtype=torch.int64, device=scores.device)
+        return scores.index_fill(-1, self._index, -torch.inf)
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -105,8 +120,7 @@ class Attachment:
         if self._generating is not None:
             self._generating.prompt_length = keywords.get("input_ids_seq_length")
         placeholders = self._family.visual_token_ids()
-        banned = SuppressTokensLogitsProcessor(placeholders, keywords.get("device") or "cpu")
-        return LogitsProcessorList([banned, *found])
+        return LogitsProcessorList([_Forbid(placeholders), *found])
 
     def _generate(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
         """As before; meanwhile the engine knows how long the prompt is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,11 +31,11 @@ def lookagain_attention(
     dropout: float = 0.0,
     *,
     visual_context: VisualContext | None = None,
-    layer_selected: Tensor | None = None,
+    layer_selected: Sequence[Tensor] | Tensor | None = None,
     layer_routing: LayerRouting | None = None,
     key_start: Tensor | None = None,
     key_length: Tensor | None = None,
-    visual_mass: Tensor | None = None,
+    visual_mass: Sequence[Tensor] | Tensor | None = None,
     mass_probe: MassProbe | None = None,
     **_: Any,  # noqa: ANN401 - every model passes keywords of its own
 ) -> tuple[Tensor, None]:
@@ -53,12 +54,12 @@ def lookagain_attention(
         scaling: factor on the logits; default 1 / sqrt(D).
         dropout: must be 0.
         visual_context: visual tokens and their re-injections.
-        layer_selected: bool [layers, B, R, L_c], replaces the context's selection by this layer's.
+        layer_selected: bool [B, R, L_c] of each layer, replaces the context's selection by this
+            layer's.
         layer_routing: chooses the selection inside this layer (full forward).
         key_start: int32 [B], first key of each row.
         key_length: int32 [B], keys of each row; default L_k.
-        visual_mass: float32 [layers, B, H_kv, L_c], or this layer's [B, H_kv, L_c]; added to in
-            place.
+        visual_mass: float32 [B, H_kv, L_c] of each layer, or this layer's alone; added to in place.
         mass_probe: collects visual mass over ranges of queries.
 
     Returns:
@@ -69,7 +70,9 @@ def lookagain_attention(
     """
     if dropout:
         raise ValueError(f"attention dropout is not supported, got {dropout}; set it to 0")
-    query, key, value = (states.to(attention_dtype(states)) for states in (query, key, value))
+    kind = query.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        query, key, value = (states.to(attention_dtype(states)) for states in (query, key, value))
     if key_start is None and key_length is None and attention_mask is not None:
         key_start, key_length = _bounds(attention_mask, query.shape[2], key.shape[2])
     if layer_selected is not None:
@@ -78,7 +81,7 @@ def lookagain_attention(
     if layer_routing is not None:
         visual_context = route_layer(query, key, visual_context, layer_routing, keywords)
     mass = visual_mass
-    if mass is not None and mass.dim() == 4:
+    if mass is not None and not (isinstance(mass, Tensor) and mass.dim() == 3):
         mass = mass[module.layer_idx]
     if mass_probe is None:
         out = ops.routed_attention(query, key, value, visual_context, visual_mass=mass, **keywords)
