@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
 from .attention import ATTENTION_NAME
+from .cache import CACHE
 from .checkpointing import keep_attention, release_attention
 from .config import LookAgainConfig
 from .engine import Engine
@@ -22,6 +23,21 @@ _NAME = "_lookagain"
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _MISSING = "missing"
+
+
+class _Forbid(LogitsProcessor):
+    """Forbids tokens: one operation a step, where transformers' own makes its mask anew."""
+
+    def __init__(self, tokens: tuple[int, ...]) -> None:
+        self.tokens = tokens
+        self._index: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores, -inf at the tokens; ids past the vocabulary are nobody's."""
+        if self._index is None or self._index.device != scores.device:
+            known = [token for token in self.tokens if token < scores.shape[-1]]
+            self._index = torch.tensor(known, dtype=torch.int64, device=scores.device)
+        return scores.index_fill(-1, self._index, -torch.inf)
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -104,8 +120,7 @@ class Attachment:
         if self._generating is not None:
             self._generating.prompt_length = keywords.get("input_ids_seq_length")
         placeholders = self._family.visual_token_ids()
-        banned = SuppressTokensLogitsProcessor(placeholders, keywords.get("device") or "cpu")
-        return LogitsProcessorList([banned, *found])
+        return LogitsProcessorList([_Forbid(placeholders), *found])
 
     def _generate(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
         """As before; meanwhile the engine knows how long the prompt is."""
@@ -177,11 +192,16 @@ class Attachment:
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
-    """All arguments as keywords, in a dict of their own."""
-    if not args:
-        return dict(keywords)
-    names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
-    return {**dict(zip(names, args, strict=False)), **keywords}
+    """All arguments as keywords of this version of transformers, in a dict of their own."""
+    if args:
+        names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
+        keywords = {**dict(zip(names, args, strict=False)), **keywords}
+    else:
+        keywords = dict(keywords)
+    if CACHE != "past_key_values" and "past_key_values" in keywords:
+        before = keywords.pop("past_key_values")
+        keywords.setdefault(CACHE, before)
+    return keywords
 
 
 def _forget_compiled(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,11 +31,11 @@ def lookagain_attention(
     dropout: float = 0.0,
     *,
     visual_context: VisualContext | None = None,
-    layer_selected: Tensor | None = None,
+    layer_selected: Sequence[Tensor] | Tensor | None = None,
     layer_routing: LayerRouting | None = None,
     key_start: Tensor | None = None,
     key_length: Tensor | None = None,
-    visual_mass: Tensor | None = None,
+    visual_mass: Sequence[Tensor] | Tensor | None = None,
     mass_probe: MassProbe | None = None,
     **_: Any,  # noqa: ANN401 - every model passes keywords of its own
 ) -> tuple[Tensor, None]:
@@ -53,12 +54,12 @@ def lookagain_attention(
         scaling: factor on the logits; default 1 / sqrt(D).
         dropout: must be 0.
         visual_context: visual tokens and their re-injections.
-        layer_selected: bool [layers, B, R, L_c], replaces the context's selection by this layer's.
+        layer_selected: bool [B, R, L_c] of each layer, replaces the context's selection by this
+            layer's.
         layer_routing: chooses the selection inside this layer (full forward).
         key_start: int32 [B], first key of each row.
         key_length: int32 [B], keys of each row; default L_k.
-        visual_mass: float32 [layers, B, H_kv, L_c], or this layer's [B, H_kv, L_c]; added to in
-            place.
+        visual_mass: float32 [B, H_kv, L_c] of each layer, or this layer's alone; added to in place.
         mass_probe: collects visual mass over ranges of queries.
 
     Returns:
@@ -69,7 +70,9 @@ def lookagain_attention(
     """
     if dropout:
         raise ValueError(f"attention dropout is not supported, got {dropout}; set it to 0")
-    query, key, value = (states.to(attention_dtype(states)) for states in (query, key, value))
+    kind = query.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        query, key, value = (states.to(attention_dtype(states)) for states in (query, key, value))
     if key_start is None and key_length is None and attention_mask is not None:
         key_start, key_length = _bounds(attention_mask, query.shape[2], key.shape[2])
     if layer_selected is not None:
@@ -78,7 +81,7 @@ def lookagain_attention(
     if layer_routing is not None:
         visual_context = route_layer(query, key, visual_context, layer_routing, keywords)
     mass = visual_mass
-    if mass is not None and mass.dim() == 4:
+    if mass is not None and not (isinstance(mass, Tensor) and mass.dim() == 3):
         mass = mass[module.layer_idx]
     if mass_probe is None:
         out = ops.routed_attention(query, key, value, visual_context, visual_mass=mass, **keywords)
@@ -242,8 +245,10 @@ class RoutedAttention(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        *,
+        past_key_values: Cache | None = None,
         **keywords: Any,  # noqa: ANN401 - what a model hands to all its layers
     ) -> tuple[Tensor, None]:
         """Attend; the signature is that of transformers' attention modules.
@@ -253,27 +258,29 @@ class RoutedAttention(nn.Module):
             attention_mask: padding, see `lookagain_attention`; causality needs no mask.
             position_ids: integer [B, L], read when `position_embeddings` is None; default: counted
                 on from the cache.
-            past_key_values: a cache, written in place.
+            cache: a cache, written in place.
             position_embeddings: (cos, sin), each [B, L, rotary_dim], NeoX layout; features past
                 rotary_dim are not turned.
+            past_key_values: what `cache` is called before transformers 5.24.
             **keywords: `visual_context`, `key_start` int32 [B], `key_length` int32 [B],
                 `visual_mass` float32 [B, H_kv, L_c] (added to in place); others are ignored.
 
         Returns:
             ([B, L, hidden_size], None).
         """
+        cache = past_key_values if cache is None else cache
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if position_embeddings is None:
-            position_embeddings = self._rotary(hidden_states, position_ids, past_key_values)
+            position_embeddings = self._rotary(hidden_states, position_ids, cache)
         cos, sin = (part.unsqueeze(2) for part in position_embeddings)
         query, key = turn(query, cos, sin).transpose(1, 2), turn(key, cos, sin).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-            layer = past_key_values.layers[self.layer_idx]
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+            layer = cache.layers[self.layer_idx]
             if isinstance(layer, LookAgainLayer) and keywords.get("key_length") is None:
                 keywords["key_length"] = layer.lengths
         out, _ = lookagain_attention(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import LookAgainConfig
 from .trace import Reflection
 
 LOGGED = 64
@@ -55,6 +56,11 @@ class Buffers:
         return self.full(name, shape, 0, dtype)
 
 
+def put_(kept: Tensor, place: Tensor, value: Tensor) -> None:
+    """Write `value` to a tensor where `place` says so, in one operation; all broadcast to it."""
+    torch.where(place, value, kept, out=kept)
+
+
 class ReflectionLog:
     """The reflections of each row, in the order in which they were opened.
 
@@ -62,67 +68,87 @@ class ReflectionLog:
         buffers: where the tensors come from.
         batch: rows B.
         tokens: visual tokens L_c of the largest row.
+        with_shown: whether each reflection keeps the tokens shown; else they are all of them.
         with_mass: whether each reflection keeps the attention before it.
     """
 
-    def __init__(self, buffers: Buffers, batch: int, tokens: int, with_mass: bool) -> None:
+    def __init__(
+        self, buffers: Buffers, batch: int, tokens: int, with_shown: bool, with_mass: bool
+    ) -> None:
+        self.tokens = tokens
         self.count = buffers.zeros("count", batch)
         self.column = torch.arange(LOGGED, device=buffers.device)
-        names = ("step", "key_index", "shift", "looked")
-        self.numbers = {name: buffers.zeros(f"log_{name}", batch, LOGGED) for name in names}
-        shape = (batch, LOGGED, tokens)
-        self.shown = buffers.zeros("log_shown", *shape, dtype=torch.bool)
-        self.mass: Tensor | None = None
+        self.numbers = buffers.zeros("log_numbers", 3, batch, LOGGED)
+        self.shown = self.mass = None
+        if with_shown:
+            self.shown = buffers.zeros("log_shown", batch, LOGGED, tokens, dtype=torch.bool)
         if with_mass:
-            self.mass = buffers.zeros("log_mass", *shape, dtype=torch.float32)
+            self.mass = buffers.zeros("log_mass", batch, LOGGED, tokens, dtype=torch.float32)
+
+    def places(self, hit: Tensor) -> Tensor:
+        """Where the next reflection of the rows of `hit`, bool [B], goes: bool [B, LOGGED]."""
+        return (self.column == self.count[:, None]) & hit[:, None]
 
     def write(
-        self, hit: Tensor, shown: Tensor, mass: Tensor | None = None, **numbers: Tensor
+        self,
+        hit: Tensor,
+        place: Tensor,
+        numbers: Tensor,
+        shown: Tensor | None = None,
+        mass: Tensor | None = None,
     ) -> None:
         """Add a reflection to the rows of `hit`.
 
         Args:
             hit: bool [B].
-            shown: bool [B, L_c], the tokens shown; none in rows that did not look.
-            mass: float32 [B, L_c], mean attention before it.
-            **numbers: integer [B] each: `step`, `key_index`, `shift`, `looked`.
+            place: bool [B, LOGGED], what `places` says of them.
+            numbers: int64 [3, B]: step, key index and shift.
+            shown: bool [B, L_c], the tokens shown to a row that may look.
+            mass: float32 [B, L_c], attention before it, summed over steps, layers and heads.
         """
-        place = (self.column == self.count[:, None]) & hit[:, None]
-        for name, value in numbers.items():
-            kept = self.numbers[name]
-            kept.copy_(torch.where(place, value[:, None].to(kept.dtype), kept))
-        self.shown.copy_(torch.where(place[..., None], shown[:, None], self.shown))
+        put_(self.numbers, place, numbers[..., None])
+        if self.shown is not None and shown is not None:
+            put_(self.shown, place[..., None], shown[:, None])
         if self.mass is not None and mass is not None:
-            self.mass.copy_(torch.where(place[..., None], mass[:, None], self.mass))
+            put_(self.mass, place[..., None], mass[:, None])
         self.count += hit
 
-    def read(self, num_visual: list[int], looks: bool) -> list[list[Reflection]]:
+    def read(
+        self, num_visual: list[int], config: LookAgainConfig, share: float
+    ) -> list[list[Reflection]]:
         """The reflections of each row, on the host.
 
         Args:
             num_visual: visual tokens of each row.
-            looks: whether the configuration shows anything.
+            config: how to look again.
+            share: factor on the mass of a step, for the mean over layers and heads.
         """
-        numbers = {name: values.tolist() for name, values in self.numbers.items()}
-        shown = self.shown.cpu()
+        steps, indices, shifts = self.numbers.tolist()
+        kept = None if self.shown is None else self.shown.cpu()
         mass = None if self.mass is None else self.mass.cpu()
+        number = torch.arange(self.tokens)
         rows = []
         for row, count in enumerate(self.count.tolist()):
-            rows.append(
-                [
+            found = []
+            for i in range(min(count, LOGGED)):
+                looks = config.keep == "latest" or i < config.max_reinjections
+                shown = number < (num_visual[row] if config.looks and looks else 0)
+                if kept is not None:
+                    shown &= kept[row, i]
+                before = None if mass is None else mass[row, i] * share / max(steps[row][i], 1)
+                found.append(
                     Reflection(
-                        step=numbers["step"][row][i],
-                        key_index=numbers["key_index"][row][i],
-                        shift=numbers["shift"][row][i],
+                        step=steps[row][i],
+                        key_index=indices[row][i],
+                        shift=shifts[row][i],
                         num_visual=num_visual[row],
-                        num_shown=int(shown[row, i].sum()),
-                        shown=shown[row, i].clone(),
-                        mass_before=None if mass is None else mass[row, i].clone(),
-                        ignored=looks and num_visual[row] > 0 and not numbers["looked"][row][i],
+                        num_shown=int(shown.sum()),
+                        shown=shown,
+                        mass_before=before,
+                        ignored=config.looks and num_visual[row] > 0 and not looks,
                     )
-                    for i in range(min(count, LOGGED))
-                ]
-            )
+                )
+            rows.append(found)
         return rows
 
 
@@ -139,6 +165,11 @@ class AttentionRecord:
             tells the original's.
         max_steps: steps to hold at first.
         every_token: keep each step's attention on every token, not only the sum.
+        by_layer: keep the sum over the steps for each layer, not only for all together.
+
+    Attributes:
+        share: factor on a step's mass, for the mean over layers and heads.
+        total: float32 [layers, B, L_c], or [B, L_c] for all layers together; sum over the steps.
     """
 
     def __init__(
@@ -150,17 +181,23 @@ class AttentionRecord:
         copies: int,
         max_steps: int,
         every_token: bool,
+        by_layer: bool,
     ) -> None:
         layers, kind = decoder.num_layers, torch.float32
         self.share = 1.0 / (layers * decoder.num_attention_heads)
         width = tokens * (1 + copies)
         heads = decoder.num_key_value_heads
         self.mass = buffers.zeros("mass", layers, batch, heads, width, dtype=kind)
-        self.total = buffers.zeros("total", layers, batch, tokens, dtype=kind)
+        self.by_layer = by_layer
+        shape = (layers, batch, tokens) if by_layer else (batch, tokens)
+        self.total = buffers.zeros("total", *shape, dtype=kind)
         self.attention = buffers.zeros("attention", batch, max_steps, dtype=kind)
         self.map: Tensor | None = None
         if every_token:
             self.map = buffers.zeros("attention_map", batch, max_steps, tokens, dtype=kind)
+        # A step's number and the steps done: on the host where known, else on the device.
+        self.host_step: int | None = None
+        self.host_done = 0
         self.step = buffers.zeros("step", 1)
         self.done = buffers.zeros("done", 1)
         self.fold: Tensor | None = None
@@ -168,35 +205,46 @@ class AttentionRecord:
             self.fold = buffers.zeros("fold", layers, batch, width)
             self.fold[..., :tokens] = torch.arange(tokens, device=buffers.device)
 
-    def begin(self, step: Tensor, host_step: int | None) -> Tensor:
-        """Make ready for a step; returns the zeroed mass that the layers add to.
+    def begin(self, step: Tensor | int) -> tuple[Tensor, ...]:
+        """Make ready for a step; returns the zeroed mass that each layer adds to.
 
         Args:
-            step: int64 [1], its number.
-            host_step: the same on the host when it is known there: then the buffers can grow.
+            step: its number, a tensor of one element or, so that the buffers can grow, an int.
         """
-        if host_step is not None and host_step >= self.attention.shape[1]:
+        self.host_step = None if isinstance(step, Tensor) else step
+        if self.host_step is None:
+            self.step.copy_(step)
+        elif step >= self.attention.shape[1]:
             self.attention = torch.cat([self.attention, torch.zeros_like(self.attention)], dim=1)
             if self.map is not None:
                 self.map = torch.cat([self.map, torch.zeros_like(self.map)], dim=1)
-        self.step.copy_(step)
-        return self.mass.zero_()
+        return self.mass.zero_().unbind()
 
     def finish(self) -> None:
         """Take in what the layers added."""
-        found = self.mass.sum(2)
-        if self.fold is not None:
-            found = torch.zeros_like(self.total).scatter_add_(-1, self.fold, found)
-        self.total += found
-        mean = found.sum(0) * self.share
-        self.attention.index_copy_(1, self.step, mean.sum(-1, keepdim=True))
+        if self.by_layer or self.fold is not None:
+            found = self.mass.sum(2)
+            if self.fold is not None:
+                shape = (*found.shape[:-1], self.total.shape[-1])
+                found = found.new_zeros(shape).scatter_add_(-1, self.fold, found)
+            every = found.sum(0)
+        else:
+            every = self.mass.sum((0, 2))
+        self.total += found if self.by_layer else every
+        if self.host_step is not None:
+            torch.sum(every, -1, out=self.attention[:, self.host_step])
+            if self.map is not None:
+                self.map[:, self.host_step] = every
+            self.host_done = self.host_step + 1
+            return
+        self.attention.index_copy_(1, self.step, every.sum(-1, keepdim=True))
         if self.map is not None:
-            self.map.index_copy_(1, self.step, mean[:, None])
+            self.map.index_copy_(1, self.step, every[:, None])
         self.done.copy_(self.step + 1)
 
-    def mean(self, steps: Tensor) -> Tensor:
-        """float32 [B, L_c], mean attention over layers, heads and the steps so far (Eq. 5)."""
-        return self.total.sum(0) * self.share / steps.clamp(min=1)
+    def so_far(self) -> Tensor:
+        """float32 [B, L_c], attention summed over layers, heads and the steps so far (Eq. 5)."""
+        return self.total.sum(0) if self.by_layer else self.total
 
     def fold_copies(self, numbered: Tensor, count: Tensor, shown: Tensor) -> None:
         """Remember whose copies the next visual token numbers are.
@@ -215,6 +263,7 @@ class AttentionRecord:
 
     def restart(self) -> None:
         """Count from nothing again."""
+        self.host_done = 0
         for tensor in (self.total, self.attention, self.step, self.done):
             tensor.zero_()
         if self.map is not None:
@@ -222,7 +271,6 @@ class AttentionRecord:
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         """(attention [B, steps], attention on every token [B, steps, L_c] or None), on the host."""
-        done = int(self.done)
-        return self.attention[:, :done].cpu(), None if self.map is None else self.map[
-            :, :done
-        ].cpu()
+        done = max(self.host_done, int(self.done))
+        attention = self.attention[:, :done].cpu() * self.share
+        return attention, None if self.map is None else self.map[:, :done].cpu() * self.share

@@ -17,11 +17,16 @@ from .cache import LookAgainCache
 from .config import LookAgainConfig
 from .layer_routing import select_after
 from .layout import VisualLayout
-from .record import AttentionRecord, Buffers, DecoderShape, ReflectionLog
+from .record import AttentionRecord, Buffers, DecoderShape, ReflectionLog, put_
 from .reencode import Reencoder
 from .sequence import Sequence
 from .trace import Trace
 from .visual import NEVER, VisualContext
+
+
+def is_unread(tensor: Tensor) -> bool:
+    """Whether Python must not look at a tensor: it is traced, or that would wait for a device."""
+    return torch.compiler.is_compiling() or tensor.device.type != "cpu"
 
 
 class Rollout:
@@ -53,21 +58,23 @@ class Rollout:
         self.prompt_length = prompt_length
         self.reencoder: Reencoder | None = None
         device, batch = layout.spans.device, layout.spans.shape[0]
-        self._prompt_length = buffers.full("prompt_length", (), prompt_length, torch.int64)
-        self._token = torch.tensor(config.reflection_token_id, device=device)
-        self._can_look = layout.num_visual > 0
+        # Plus the tokens in the cache: a token's step, and its key index.
+        self._origin = buffers.zeros("origin", 2, batch)
+        self._origin[0] = -prompt_length
         number = torch.arange(layout.max_visual, device=device)
         self._all_shown = number < layout.num_visual[:, None]
-        # Row 0 of position_ids numbers the text and stays as it is.
-        self._axis_moves = torch.tensor([0, 1, 1, 1], device=device)[:, None, None]
-        self.offset = buffers.zeros("offset", 4, batch, 1)
+        # Row 0 leads from a position to a shift. Row 0 of position_ids numbers the text and stays.
+        moves = torch.tensor([1, 0, 1, 1, 1], device=device)[:, None, None]
+        self._extent = moves * layout.extent[:, None]
+        self.offset = buffers.zeros("offset", 5, batch, 1)
+        self.offset[0] -= layout.first_position[:, None]
         self.appended = buffers.zeros("appended", batch, dtype=torch.int32)
         self.context = layout.context(decoder.inv_freq)
         self.layer_selected: Tensor | None = None
         if self.virtual and config.looks:
             self._open_columns(buffers, batch)
         tracks = config.track_attention or config.routes
-        self.log = ReflectionLog(buffers, batch, layout.max_visual, tracks)
+        self.log = ReflectionLog(buffers, batch, layout.max_visual, config.routes, tracks)
         self.record: AttentionRecord | None = None
         if tracks:
             copies = 0 if self.virtual else config.max_reinjections
@@ -79,6 +86,7 @@ class Rollout:
                 copies,
                 max_steps,
                 config.track_attention,
+                config.routes and config.route_scope == "layer",
             )
         if self.record is not None and not self.virtual:
             spans = buffers.zeros(
@@ -93,6 +101,8 @@ class Rollout:
         """Empty re-injection columns, filled in place as rows reflect."""
         config, tokens, again = self.config, self.layout.max_visual, self.config.max_reinjections
         self._column = torch.arange(again, device=self.offset.device)
+        self._columns = buffers.zeros("columns", 2, batch, again, dtype=torch.int32)
+        self._columns[0] = NEVER
         selected = None
         if config.routes and config.route_scope == "layer":
             shape = (self.decoder.num_layers, batch, again, tokens)
@@ -102,8 +112,8 @@ class Rollout:
         self.context = VisualContext(
             self.context.spans,
             self.context.inv_freq,
-            buffers.zeros("shift", batch, again, dtype=torch.int32),
-            buffers.full("start", (batch, again), NEVER, torch.int32),
+            self._columns[1],
+            self._columns[0],
             selected,
         )
 
@@ -125,10 +135,9 @@ class Rollout:
         Returns:
             (position_ids moved past the re-injected blocks, keywords for the attention).
         """
-        hit = input_ids[:, -1] == self._token
-        if torch.compiler.is_compiling() or hit.device.type != "cpu" or bool(hit.any()):
-            position = position_ids[-1, :, -1] + self.offset[-1, :, 0]
-            self._reflect(hit, position, past, cache)
+        hit = input_ids[:, -1] == self.config.reflection_token_id
+        if is_unread(hit) or bool(hit.any()):
+            self._reflect(hit, position_ids, past, cache)
         position_ids = position_ids + self.offset[-position_ids.shape[0] :]
         keywords: dict[str, Any] = {"key_start": self.layout.key_start}
         if isinstance(cache, LookAgainCache):
@@ -136,98 +145,124 @@ class Rollout:
         elif isinstance(past, Tensor):
             keywords["key_length"] = (past + 1).to(torch.int32).expand(hit.shape[0]).contiguous()
         if self.record is not None:
-            host = None if isinstance(past, Tensor) else past - self.prompt_length
-            keywords["visual_mass"] = self.record.begin(self._steps_before(past), host)
+            keywords["visual_mass"] = self.record.begin(self._steps_before(past))
         if self.record is not None or (self.virtual and self.config.looks):
-            keywords["visual_context"] = self.context
-            keywords["layer_selected"] = self.layer_selected
+            keywords["visual_context"] = self._seen()
+            if self.layer_selected is not None:
+                keywords["layer_selected"] = self.layer_selected.unbind()
         return position_ids, keywords
+
+    def _seen(self) -> VisualContext:
+        """The context of a step.
+
+        The columns' views are made at each step, for a compiled one must not have inputs that
+        overlap: it writes to `_columns`.
+        """
+        if not (self.virtual and self.config.looks):
+            return self.context
+        start, shift = self._columns.unbind()
+        context = self.context
+        return VisualContext(context.spans, context.inv_freq, shift, start, context.selected)
 
     def finish_step(self) -> None:
         """Take in the visual mass of the step's forward."""
         if self.record is not None:
             self.record.finish()
 
-    def _steps_before(self, past: Tensor | int) -> Tensor:
-        """int64 [1], tokens generated and fed back before this one."""
-        if isinstance(past, Tensor):
-            return (past - self._prompt_length).reshape(1)
-        return torch.tensor([past - self.prompt_length], device=self.offset.device)
+    def _steps_before(self, past: Tensor | int) -> Tensor | int:
+        """Tokens generated and fed back before this one; int64 [1] where the host does not know."""
+        return self._origin[0, :1] + past if isinstance(past, Tensor) else past - self.prompt_length
 
-    def _reflect(self, hit: Tensor, position: Tensor, past: Tensor | int, cache: Any) -> None:  # noqa: ANN401
-        """Give the rows of `hit` their re-injection, and write it down."""
-        config, layout = self.config, self.layout
-        look = hit & self._can_look
-        if not config.looks:
-            look = torch.zeros_like(look)
-        elif config.keep == "all":
-            look = look & (self.log.count < config.max_reinjections)
-        shift, steps = position - layout.first_position, self._steps_before(past)
-        slot = past + torch.zeros_like(shift)
-        shown, by_layer = self._all_shown, None
+    def _reflect(self, hit: Tensor, position_ids: Tensor, past: Tensor | int, cache: Any) -> None:  # noqa: ANN401
+        """Give the rows of `hit` their re-injection, and write it down.
+
+        On a GPU this runs at every step, whether a row reflects or not: each operation counts.
+        """
+        config = self.config
+        numbers = self._origin + past
+        shift = position_ids[-1] + self.offset[0]
+        place = self.log.places(hit)
+        shown = by_layer = mass = None
         if config.routes:
-            shown, by_layer = self._select((steps > 0).expand(hit.shape[0]))
-        if self.virtual and config.looks:
-            self._fill_column(look, shift, slot, shown, by_layer)
-        elif config.looks:
-            slot = self._append(look, shift, shown, by_layer, cache)
-        self.offset += torch.where(look, layout.extent, 0)[:, None] * self._axis_moves
-        self.log.write(
-            hit,
-            shown & look[:, None],
-            None if self.record is None else self.record.mean(steps),
-            step=steps.expand(hit.shape[0]),
-            key_index=slot,
-            shift=shift,
-            looked=look,
-        )
+            shown, by_layer = self._select(self._steps_before(past))
+        if config.looks:
+            # Rows without an image may look as well: there is nothing to see, and no extent.
+            chosen, look = place, hit[:, None]
+            if config.keep == "all":
+                chosen = place[:, : config.max_reinjections]
+                look = chosen.any(-1, keepdim=True)
+            elif self.virtual:
+                chosen = (self.log.count[:, None] % config.max_reinjections == self._column) & look
+            if self.virtual:
+                self._fill_column(chosen, numbers[1:], shift, shown, by_layer)
+            else:
+                slot = self._append(look[:, 0], shift[:, 0], shown, by_layer, cache)
+                numbers = torch.stack([numbers[0], slot])
+            self.offset += self._extent * look
+        if self.record is not None:
+            mass = self.record.so_far()
+        self.log.write(hit, place, torch.cat([numbers, shift.mT]), shown, mass)
 
-    def _select(self, generated: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _select(self, steps: Tensor | int) -> tuple[Tensor, Tensor | None]:
         """ROUTE's choice: (bool [B, L_c], bool [layers, B, L_c] when each layer has its own)."""
         ratio, counts = self.config.route_ratio, self.layout.num_visual
         total = self.record.total
-        if self.config.route_scope == "model":
-            return select_after(total.sum(0), ratio, counts, generated), None
-        layers = total.shape[0]
-        counts, generated = counts.repeat(layers), generated.repeat(layers)
-        chosen = select_after(total.flatten(0, 1), ratio, counts, generated).view(total.shape)
-        return chosen.any(0), chosen
+        if self.record.by_layer:
+            counts = counts.repeat(total.shape[0])
+        if isinstance(steps, Tensor):
+            chosen = select_after(total.flatten(0, -2), ratio, counts, steps > 0)
+        elif steps > 0:
+            chosen = ops.select_visual_tokens(total.flatten(0, -2), ratio, counts)
+        else:
+            chosen = self._all_shown.expand(total.shape)
+        chosen = chosen.reshape(total.shape)
+        return (chosen.any(0), chosen) if self.record.by_layer else (chosen, None)
 
     def _fill_column(
-        self, look: Tensor, shift: Tensor, slot: Tensor, shown: Tensor, by_layer: Tensor | None
+        self,
+        chosen: Tensor,
+        slot: Tensor,
+        shift: Tensor,
+        shown: Tensor | None,
+        by_layer: Tensor | None,
     ) -> None:
-        """Virtual: one more column of the context, in place; the oldest one's once all are used."""
-        chosen = (self.log.count % self.config.max_reinjections)[:, None] == self._column
-        chosen = chosen & look[:, None]
-        context = self.context
-        context.shift.copy_(torch.where(chosen, shift[:, None].int(), context.shift))
-        context.start.copy_(torch.where(chosen, slot[:, None].int(), context.start))
-        if context.selected is not None:
-            context.selected.copy_(torch.where(chosen[..., None], shown[:, None], context.selected))
+        """Virtual: one more column of the context, in place; the oldest one's once all are used.
+
+        Args:
+            chosen: bool [B, R], the column of each row that looks.
+            slot: int64 [1, B], key index.
+            shift: int64 [B, 1].
+            shown: bool [B, L_c] or None.
+            by_layer: bool [layers, B, L_c] or None.
+        """
+        values = torch.cat([slot, shift.mT])[..., None]
+        self._columns.copy_(torch.where(chosen, values, self._columns))
         if by_layer is not None:
-            self.layer_selected.copy_(
-                torch.where(chosen[..., None], by_layer[:, :, None], self.layer_selected)
-            )
+            put_(self.layer_selected, chosen[..., None], by_layer[:, :, None])
+        elif self.context.selected is not None:
+            put_(self.context.selected, chosen[..., None], shown[:, None])
 
     def _append(
         self,
         look: Tensor,
         shift: Tensor,
-        shown: Tensor,
+        shown: Tensor | None,
         by_layer: Tensor | None,
         cache: LookAgainCache,
     ) -> Tensor:
         """Append or reencode: real cache rows; returns the slot of the next token, int64 [B]."""
         before = cache.lengths().clone()
+        look = look & (self.layout.num_visual > 0)
+        shown = self._all_shown if shown is None else shown
         if torch.compiler.is_compiling() or bool(look.any()):
             if self.reencoder is not None:
                 self.reencoder.write(cache, look, shift, shown)
             else:
                 self._append_layers(look, shift, shown if by_layer is None else by_layer, cache)
+            if self.record is not None:
+                self._number_copies(look, before, shown if by_layer is None else by_layer)
         after = cache.lengths()
         self.appended += after - before
-        if self.record is not None:
-            self._number_copies(look, before, shown if by_layer is None else by_layer)
         return after.long()
 
     def _append_layers(
@@ -265,7 +300,7 @@ class Rollout:
     def restart(self, prompt_length: int) -> None:
         """Begin another answer on the same cache: what was shown stays, attention counts anew."""
         self.prompt_length = prompt_length
-        self._prompt_length.fill_(prompt_length)
+        self._origin[0] = -prompt_length
         if self.record is not None:
             self.record.restart()
 
@@ -278,25 +313,20 @@ class Rollout:
         for number in range(shift.shape[1]):
             index = [found[number] if number < len(found) else -1 for found in sequence.hits]
             index = torch.tensor(index, device=device)
-            steps = [b[number] if number < len(b) else 0 for b in sequence.begins]
-            look = torch.zeros_like(index, dtype=torch.bool)
-            shown = self._all_shown
+            begins = [b[number] if number < len(b) else 0 for b in sequence.begins]
+            numbers = torch.stack([index - torch.tensor(begins, device=device), index])
+            hit, moved, shown = index >= 0, shift[:, number, None], None
             if number < columns:
-                look = sequence.index[:, number] >= 0
-                shown = shown if selected is None else selected[:, number]
-                self._fill_column(look, shift[:, number], index, shown, None)
-            self.offset += torch.where(look, self.layout.extent, 0)[:, None] * self._axis_moves
-            self.log.write(
-                index >= 0,
-                shown & look[:, None],
-                step=index - torch.tensor(steps, device=device),
-                key_index=index,
-                shift=shift[:, number],
-                looked=look,
-            )
+                look = sequence.index[:, number, None] >= 0
+                shown = None if selected is None else selected[:, number]
+                chosen = self.log.count[:, None] % self.config.max_reinjections == self._column
+                self._fill_column(chosen & look, numbers[1:], moved, shown, None)
+                self.offset += self._extent * look
+            self.log.write(hit, self.log.places(hit), torch.cat([numbers, moved.mT]), shown)
 
     def trace(self) -> Trace:
         """Copy what happened so far to the host."""
-        reflections = self.log.read(self.layout.num_visual.tolist(), self.config.looks)
+        share = 1.0 if self.record is None else self.record.share
+        reflections = self.log.read(self.layout.num_visual.tolist(), self.config, share)
         attention, every_token = (None, None) if self.record is None else self.record.read()
         return Trace(reflections, attention, every_token, self.layout.grids)

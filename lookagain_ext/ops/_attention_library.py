@@ -36,7 +36,8 @@ def forward(
 
     With `keep` a backward follows, and calls of other layers with the very same index tensors.
     """
-    if _cuda.on_gpu(query) and _cuda.are_many(query, key, block_table):
+    on_gpu = _cuda.on_gpu(query)
+    if on_gpu and _cuda.are_many(query, key, block_table):
         fields = (key_start, key_length, spans, inv_freq, shift, start, selected)
         out, lse = _cuda_training.forward(query, key, value, fields, scale, keep)
         if visual_mass is not None:
@@ -44,7 +45,7 @@ def forward(
             _cuda.add_mass(query, key, lse, visual_mass, mass_from, *limits, visual, None, scale)
         return out, lse
     out, lse = outputs(query, want_lse)
-    if _cuda.on_gpu(query):
+    if on_gpu:
         _cuda.routed_attention(
             query,
             key,

@@ -45,18 +45,16 @@ def routed_attention(
     scale: float,
 ) -> None:
     """Writes `out` and `lse`, adds to `visual_mass`; the ops' own arguments otherwise."""
-    spans, inv_freq, shift, start, selected = (_packed(x) for x in visual)
-    rest = (spans, inv_freq, shift, start, selected, _packed(block_table), scale)
-    key_start, key_length, mass_from = (_packed(x) for x in (key_start, key_length, mass_from))
+    # Not through `_packed`: this runs in every layer of every step, and its calls would show.
+    index = (mass_from, key_start, key_length, *visual, block_table)
+    index = [None if x is None else x.contiguous() for x in index]
     if visual_mass is None or query.shape[2] <= MOST_COUNTED_QUERIES:
-        launch_routed_attention(
-            query, key, value, out, lse, visual_mass, mass_from, key_start, key_length, *rest
-        )
+        launch_routed_attention(query, key, value, out, lse, visual_mass, *index, scale)
         return
     # The kernel keeps the logits of a decode step's queries only.
     if lse is None:
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    launch_routed_attention(query, key, value, out, lse, None, None, key_start, key_length, *rest)
+    launch_routed_attention(query, key, value, out, lse, None, None, *index[1:], scale)
     limits = (key_start, key_length)
     add_mass(query, key, lse, visual_mass, mass_from, *limits, visual, block_table, scale)
 
