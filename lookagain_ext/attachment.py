@@ -12,6 +12,7 @@ from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.generation.configuration_utils import GenerationMode
 
 from .attention import ATTENTION_NAME
+from .cache import CACHE
 from .checkpointing import keep_attention, release_attention
 from .config import LookAgainConfig
 from .engine import Engine
@@ -177,11 +178,16 @@ class Attachment:
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
-    """All arguments as keywords, in a dict of their own."""
-    if not args:
-        return dict(keywords)
-    names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
-    return {**dict(zip(names, args, strict=False)), **keywords}
+    """All arguments as keywords of this version of transformers, in a dict of their own."""
+    if args:
+        names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
+        keywords = {**dict(zip(names, args, strict=False)), **keywords}
+    else:
+        keywords = dict(keywords)
+    if CACHE != "past_key_values" and "past_key_values" in keywords:
+        before = keywords.pop("past_key_values")
+        keywords.setdefault(CACHE, before)
+    return keywords
 
 
 def _forget_compiled(model: nn.Module) -> None:

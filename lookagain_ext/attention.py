@@ -242,8 +242,10 @@ class RoutedAttention(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        *,
+        past_key_values: Cache | None = None,
         **keywords: Any,  # noqa: ANN401 - what a model hands to all its layers
     ) -> tuple[Tensor, None]:
         """Attend; the signature is that of transformers' attention modules.
@@ -253,27 +255,29 @@ class RoutedAttention(nn.Module):
             attention_mask: padding, see `lookagain_attention`; causality needs no mask.
             position_ids: integer [B, L], read when `position_embeddings` is None; default: counted
                 on from the cache.
-            past_key_values: a cache, written in place.
+            cache: a cache, written in place.
             position_embeddings: (cos, sin), each [B, L, rotary_dim], NeoX layout; features past
                 rotary_dim are not turned.
+            past_key_values: what `cache` is called before transformers 5.24.
             **keywords: `visual_context`, `key_start` int32 [B], `key_length` int32 [B],
                 `visual_mass` float32 [B, H_kv, L_c] (added to in place); others are ignored.
 
         Returns:
             ([B, L, hidden_size], None).
         """
+        cache = past_key_values if cache is None else cache
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if position_embeddings is None:
-            position_embeddings = self._rotary(hidden_states, position_ids, past_key_values)
+            position_embeddings = self._rotary(hidden_states, position_ids, cache)
         cos, sin = (part.unsqueeze(2) for part in position_embeddings)
         query, key = turn(query, cos, sin).transpose(1, 2), turn(key, cos, sin).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-            layer = past_key_values.layers[self.layer_idx]
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+            layer = cache.layers[self.layer_idx]
             if isinstance(layer, LookAgainLayer) and keywords.get("key_length") is None:
                 keywords["key_length"] = layer.lengths
         out, _ = lookagain_attention(

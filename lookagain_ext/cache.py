@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+"""The argument, and the field of an output, that holds a model's cache.
+
+transformers 5.24 renamed `past_key_values` to `cache`, and takes both until 5.40.
+"""
 
 _GROWTH = 256
 """Slots that a growing cache adds at least, so that it seldom moves."""
@@ -169,8 +182,9 @@ class LookAgainLayer(CacheLayerMixin):
 class LookAgainCache(Cache):
     """A cache for models that look again: preallocated, in place, each row with its own length.
 
-    Give it to `generate(past_key_values=...)` or to a model. With `max_length` it never moves,
-    and `generate` can compile the decoder; without, it grows in steps.
+    Give it to `generate` or to a model, as `cache` (`past_key_values` before transformers 5.24).
+    With `max_length` it never moves, and `generate` can compile the decoder; without, it grows in
+    steps.
 
     Args:
         num_layers: layers of the decoder.

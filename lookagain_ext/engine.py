@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from .cache import LookAgainCache
+from .cache import CACHE, LookAgainCache
 from .config import LookAgainConfig
 from .layout import key_starts, visual_layout
 from .models import Family
@@ -77,7 +77,7 @@ class Engine:
     def before_base(self, keywords: dict[str, Any]) -> dict[str, Any]:
         """Before the base model's forward: decide what this call is, and move its positions."""
         labels, self._labels = self._labels, None
-        ids, cache = keywords.get("input_ids"), keywords.get("past_key_values")
+        ids, cache = keywords.get("input_ids"), keywords.get(CACHE)
         if ids is None:
             raise ValueError("input_ids are needed to see reflections, got only inputs_embeds")
         state = getattr(cache, _STATE, None)
@@ -89,7 +89,7 @@ class Engine:
             return self._prefill(keywords)
         if state is None:
             raise ValueError(
-                "past_key_values was filled before look_again was in force: its reflections and "
+                f"{CACHE} was filled before look_again was in force: its reflections and "
                 "images are unknown; start with an empty cache"
             )
         return self._continue(keywords, self._rollout_of(cache, state))
@@ -116,7 +116,7 @@ class Engine:
             return output
         if plan.forward is not None:
             output = plan.forward.finish(output)
-            cache = getattr(output, "past_key_values", None)
+            cache = getattr(output, CACHE, None)
             if cache is not None:
                 setattr(cache, _STATE, plan.forward)
         elif plan.rollout is not None:
@@ -129,7 +129,7 @@ class Engine:
 
     def _step(self, keywords: dict[str, Any], rollout: Rollout) -> dict[str, Any]:
         """One generated token for each row."""
-        cache = keywords["past_key_values"]
+        cache = keywords[CACHE]
         past, positions = cache.get_seq_length(), keywords.get("position_ids")
         if positions is None:
             positions = self.family.positions(keywords, past)
@@ -139,7 +139,7 @@ class Engine:
 
     def _prefill(self, keywords: dict[str, Any]) -> dict[str, Any]:
         """The prompt of a generation: nothing in it triggers."""
-        ids, cache = keywords["input_ids"], keywords["past_key_values"]
+        ids, cache = keywords["input_ids"], keywords[CACHE]
         positions = keywords.get("position_ids")
         positions = _axes(self.family.positions(keywords) if positions is None else positions)
         mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])
@@ -154,7 +154,7 @@ class Engine:
 
     def _continue(self, keywords: dict[str, Any], rollout: Rollout) -> dict[str, Any]:
         """More prompt on a cache that holds some: a long prompt in chunks, or another turn."""
-        ids, cache = keywords["input_ids"], keywords["past_key_values"]
+        ids, cache = keywords["input_ids"], keywords[CACHE]
         past = int(cache.get_seq_length())
         positions = keywords.get("position_ids")
         positions = _axes(self.family.positions(keywords, past) if positions is None else positions)
@@ -212,7 +212,7 @@ class Engine:
             extra["visual_context"] = rollout.context
             extra["layer_selected"] = rollout.layer_selected
         self._plan = _Plan(extra)
-        return {**keywords, "position_ids": positions, "past_key_values": cache}
+        return {**keywords, "position_ids": positions, CACHE: cache}
 
     def _sequence(self, keywords: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
         """A whole sequence without a cache: training, scoring, or a loop's first call."""
@@ -271,7 +271,7 @@ class Engine:
         """The state of a cache, made from the forward that filled it where need be."""
         if state.config is not self.config and state.config != self.config:
             raise ValueError(
-                "past_key_values was filled under another configuration: "
+                f"{CACHE} was filled under another configuration: "
                 f"{_differences(state.config, self.config)}; start with an empty cache, or look "
                 "again as before"
             )
@@ -279,12 +279,12 @@ class Engine:
             if self.config.backend != "virtual" and self.config.looks:
                 raise ValueError(
                     f"backend={self.config.backend!r} needs its own cache from the first call on: "
-                    "pass past_key_values=LookAgainCache(...) with the prompt"
+                    f"pass {CACHE}=LookAgainCache(...) with the prompt"
                 )
             if self.config.routes and self.config.route_scope == "layer":
                 raise ValueError(
                     "route_scope='layer' needs a cache from the first call on: pass "
-                    "past_key_values=DynamicCache() with the prompt"
+                    f"{CACHE}=DynamicCache() with the prompt"
                 )
             sequence = state.sequence
             rollout = self._open(sequence.layout, sequence.positions.shape[-1], cache)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache import LookAgainCache
+from .cache import CACHE, LookAgainCache
 from .layout import VisualLayout
 from .sequence import Sequence
 
@@ -78,11 +78,11 @@ class Reencoder:
                 extra["visual_pos_masks"] = chosen[chosen][None]
             if self.layout.key_start is not None:
                 extra["key_start"] = self.layout.key_start[part]
+            extra[CACHE] = cache.row(row)
             embeddings = self.embeddings[row][chosen][None]
             self.decoder(
                 inputs_embeds=embeddings,
                 position_ids=self.positions[row][:, None, chosen] + shift[row],
-                past_key_values=cache.row(row),
                 use_cache=True,
                 key_length=cache.lengths()[part] + embeddings.shape[1],
                 **extra,

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from lookagain_ext.attention import RoutedAttention, lookagain_attention, lookagain_mask
-from lookagain_ext.cache import LookAgainCache
+from lookagain_ext.cache import CACHE, LookAgainCache
 from lookagain_ext.visual import VisualContext
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,7 +109,7 @@ def test_reinjection_in_a_module_of_ones_own(make):
             out, _ = module(
                 hidden[:, first:end],
                 position_ids=positions[:, first:end],
-                past_key_values=cache,
+                **{CACHE: cache},
                 visual_context=context,
             )
             parts.append(out)

@@ -89,7 +89,7 @@ def test_routed_attention(make):
     module, hidden = RoutedAttention(32, 4, 2), torch.randn(2, 6, 32)
     expected, _ = module(hidden)
     with autocast():
-        out, _ = module(hidden, past_key_values=make())
+        out, _ = module(hidden, cache=make())
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), expected, rtol=5e-2, atol=2e-2)
 

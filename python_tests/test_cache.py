@@ -7,7 +7,7 @@ import torch
 from tiny_models import FAMILIES, REFLECTION, generate, reflect_at, tiny_inputs, tiny_model
 
 from lookagain_ext import LookAgainConfig, look_again, ops
-from lookagain_ext.cache import LookAgainCache
+from lookagain_ext.cache import CACHE, LookAgainCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,7 +87,7 @@ def test_generate_without_look_again(family, length):
     model, inputs = tiny_model(family), tiny_inputs([[3, (2, 3), 4], [2, (1, 3), 3]])
     expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     cache = LookAgainCache(2, max_length=length)
-    options = {"past_key_values": cache, "disable_compile": True}
+    options = {CACHE: cache, "disable_compile": True}
     found = model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
     assert torch.equal(found, expected)
 
@@ -101,7 +101,7 @@ def test_a_larger_image_after_reset(backend):
     with look_again(model, LookAgainConfig(reflection_token_id=REFLECTION, backend=backend)):
         _, expected = generate(model, large, reflect_at(steps))
         for cache in (growing, static):
-            options = {"past_key_values": cache, "disable_compile": True}
+            options = {CACHE: cache, "disable_compile": True}
             generate(model, small, reflect_at([2]), **options)
             cache.reset()
             if cache is growing:

@@ -25,7 +25,7 @@ from tiny_models import (
 )
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TextStreamer
 
-from lookagain_ext.cache import LookAgainCache
+from lookagain_ext.cache import CACHE, LookAgainCache
 from lookagain_ext.generation import LookAgainConfig, look_again
 from lookagain_ext.visual import NEVER
 
@@ -315,7 +315,7 @@ def test_second_turn_on_the_same_cache():
     model, inputs = tiny_model(), tiny_inputs(ROWS)
     with look_again(model, config()) as session, torch.no_grad():
         cache = DynamicCache()
-        options = {"past_key_values": cache}
+        options = {CACHE: cache}
         first, _ = generate(model, inputs, reflect_at(*STEPS), 10, **options)
         more = torch.full((2, 3), 20)
         ids = torch.cat([inputs["input_ids"], first, more], dim=1)
@@ -354,7 +354,7 @@ def test_loop_of_ones_own(begun, fields):
             out = model(
                 input_ids=new[:, step : step + 1],
                 attention_mask=mask,
-                past_key_values=out.past_key_values,
+                **{CACHE: out[CACHE]},
             )
             found.append(out.logits[:, -1])
         assert shown(session.trace) == shown(trace)
@@ -385,7 +385,7 @@ def test_prompt_in_chunks(rows, fields):
                 input_ids=ids,
                 attention_mask=inputs["attention_mask"][:, :end],
                 position_ids=positions[..., first:end],
-                past_key_values=cache,
+                **{CACHE: cache},
             )
             handle.remove()
         session_logits.append(out.logits[:, -1])
@@ -395,7 +395,7 @@ def test_prompt_in_chunks(rows, fields):
                 input_ids=new[:, step : step + 1],
                 attention_mask=mask,
                 position_ids=positions.amax((0, 2))[None, :, None].expand(3, -1, -1) + step + 1,
-                past_key_values=cache,
+                **{CACHE: cache},
             )
             session_logits.append(out.logits[:, -1])
     torch.testing.assert_close(torch.stack(session_logits, 1).float(), logits, **CLOSE)

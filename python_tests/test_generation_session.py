@@ -23,6 +23,7 @@ from tiny_models import (
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from lookagain_ext.attention import ATTENTION_NAME
+from lookagain_ext.cache import CACHE
 from lookagain_ext.generation import LookAgainConfig, look_again
 from lookagain_ext.record import LOGGED
 
@@ -105,7 +106,7 @@ def test_an_interrupted_forward_leaves_nothing_for_the_next_one():
             for where in (model.model.visual, decoder.layers[1]):
                 handle = where.register_forward_hook(fail)
                 with pytest.raises(RuntimeError, match="stop here"):
-                    model(**inputs, labels=inputs["input_ids"], past_key_values=cache)
+                    model(**inputs, labels=inputs["input_ids"], **{CACHE: cache})
                 handle.remove()
                 found = decoder(inputs_embeds=embeddings).last_hidden_state
                 assert torch.equal(found, expected)
@@ -115,17 +116,17 @@ def test_a_cache_belongs_to_one_configuration():
     model, inputs = tiny_model(), tiny_inputs(ROWS)
     cache, more = DynamicCache(), torch.full((2, 3), 20)
     with look_again(model, config()), torch.no_grad():
-        new, _ = generate(model, inputs, reflect_at(*STEPS), past_key_values=cache)
+        new, _ = generate(model, inputs, reflect_at(*STEPS), **{CACHE: cache})
     ids = torch.cat([inputs["input_ids"], new, more], dim=1)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 15), value=1)
     turn = {"input_ids": ids, "attention_mask": mask}
     wanted = "strategy was 'copy' and is 'off'; start with an empty cache"
     with look_again(model, config(strategy="off")), pytest.raises(ValueError, match=wanted):
-        generate(model, turn, reflect_at([], []), past_key_values=cache)
+        generate(model, turn, reflect_at([], []), **{CACHE: cache})
     with look_again(model, config(strategy="off")), pytest.raises(ValueError, match=wanted):
-        model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache)
+        model(input_ids=ids[:, -1:], attention_mask=mask, **{CACHE: cache})
     with look_again(model, config()) as session:
-        generate(model, turn, reflect_at([], []), past_key_values=cache)
+        generate(model, turn, reflect_at([], []), **{CACHE: cache})
         assert [len(row) for row in session.trace.reflections] == [2, 1]
 
 
@@ -337,9 +338,9 @@ def test_inputs_that_are_not_supported():
             model(inputs_embeds=embeddings)
     cache = DynamicCache()
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
     with look_again(model, config()), pytest.raises(ValueError, match="filled before look_again"):
-        model(input_ids=torch.full((2, 1), 9), past_key_values=cache)
+        model(input_ids=torch.full((2, 1), 9), **{CACHE: cache})
 
 
 def test_dropout_is_refused():
@@ -395,3 +396,18 @@ def test_peft_and_the_fused_head_of_trl():
     torch.testing.assert_close(log_probs, expected, rtol=1e-4, atol=1e-4)
     names = [n for n, p in wrapped.named_parameters() if p.grad is not None]
     assert names and all("lora" in name for name in names)
+
+
+def test_the_base_model_takes_the_cache_by_its_old_name():
+    model, inputs = tiny_model(), tiny_inputs(ROWS)
+    answers = []
+    for name in (CACHE, "past_key_values"):
+        cache = DynamicCache()
+        with torch.no_grad(), look_again(model, config()) as session:
+            model.model(**inputs, **{name: cache})
+            more = torch.full((2, 1), REFLECTION)
+            mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+            out = model.model(input_ids=more, attention_mask=mask, **{name: cache})
+            assert [len(row) for row in session.trace.reflections] == [1, 1]
+        answers.append(out.last_hidden_state)
+    assert torch.equal(*answers)

@@ -7,7 +7,7 @@ import torch
 from tiny_models import REFLECTION, generate, reflect_at, tiny_inputs, tiny_model
 from transformers import CompileConfig, StaticCache
 
-from lookagain_ext.cache import LookAgainCache
+from lookagain_ext.cache import CACHE, LookAgainCache
 from lookagain_ext.generation import LookAgainConfig, look_again
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,7 +46,7 @@ def test_static_cache_is_the_dynamic_one(kind, fields):
     with look_again(model, config(**fields, track_attention=True)) as session:
         new, logits = generate(model, inputs, reflect_at(*STEPS))
         attention = session.trace.attention
-        options = {"past_key_values": caches[kind](), "disable_compile": True}
+        options = {CACHE: caches[kind](), "disable_compile": True}
         found, found_logits = generate(model, inputs, reflect_at(*STEPS), **options)
         assert torch.equal(new, found)
         torch.testing.assert_close(found_logits, logits, **CLOSE)
@@ -68,7 +68,7 @@ def test_one_graph_for_all_steps_and_calls(fields):
             expected = session.trace
             options = {"compile_config": compiled()}
             if "backend" in fields:
-                options["past_key_values"] = LookAgainCache(2, max_length=40, reserve=60)
+                options[CACHE] = LookAgainCache(2, max_length=40, reserve=60)
             else:
                 options["cache_implementation"] = "static"
             found, found_logits = generate(model, inputs, reflect_at(*steps), **options)
@@ -102,9 +102,9 @@ def test_append_refuses_a_cache_that_it_cannot_write_to():
         # Reserved for one re-injection of 7 tokens in each row; the next config wants eight.
         small = LookAgainCache(2, max_length=32)
     with look_again(model, config(backend="append", max_reinjections=1)):
-        generate(model, inputs, reflect_at(*STEPS), past_key_values=small, disable_compile=True)
+        generate(model, inputs, reflect_at(*STEPS), **{CACHE: small}, disable_compile=True)
     small.reset()
     with look_again(model, config(backend="append")):
         with pytest.raises(ValueError, match="reserve=7, and 56 slots are needed"):
-            options = {"past_key_values": small, "disable_compile": True}
+            options = {CACHE: small, "disable_compile": True}
             generate(model, inputs, reflect_at([1, 2, 3, 4], [1]), **options)

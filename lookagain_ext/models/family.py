@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..cache import CACHE
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside PEFT, DistributedDataParallel or torch.compile wrappers."""
@@ -109,10 +111,9 @@ class Family:
             input_ids=ids,
             inputs_embeds=ids.new_empty(*ids.shape, 0),
             attention_mask=inputs.get("attention_mask"),
-            past_key_values=inputs.get("past_key_values"),
             image_grid_thw=known.pop("image_grid_thw", None),
             video_grid_thw=known.pop("video_grid_thw", None),
-            **known,
+            **{CACHE: inputs.get(CACHE), **known},
         )
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device) + past
