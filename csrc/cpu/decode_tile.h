@@ -1,14 +1,14 @@
 // The inner loops of decoding: a tile of kTile cached keys against blocks of query rows.
 //
 // A Tile type says how keys and queries are laid out and multiplied:
-//   score       logits[row][key] = scale * <query row, key>
 //   add_values  accumulator[row][:] = factor[row] * accumulator[row][:] + sum weight * value
 // FloatTile converts everything to float. BFloat16Tile (decode_tile_bf16.h) multiplies bf16 pairs.
-// Both score through `score_packed`, kColumns keys by kFeatures features at a time:
+// `score_tile` multiplies queries and keys, kColumns keys by kFeatures features at a time, with
 //   pack        a block of keys -> one column per key, so that logits come out with keys along the
 //               lanes, ready for the softmax, and no sum across lanes is ever taken
 //   multiply    logits[row][key] += <query row, key> over the block's features
-// DotTile (decode_tile_dot.h) packs nothing: with half as many registers that is faster.
+// DotTile (decode_tile_dot.h) packs nothing and has a `score` of its own: with half as many
+// registers that is faster.
 //
 // Packing costs a fixed number of shuffles per key, however many query rows (heads of the group x
 // sightings x queries) then use the block. A block is multiplied right after it is packed: the
@@ -66,8 +66,8 @@ struct ScoreJob {
 // logits = scale * <query row, key> for `count` keys and every job. `packed` holds two blocks: the
 // next one is packed before this one is multiplied, so that its shuffles run beside the products.
 template <typename Tile, typename Rows>
-void score_packed(Rows keys, int count, int dim, int64_t query_stride, float scale,
-                  const ScoreJob<Tile>* jobs, int num_jobs, typename Tile::Key* packed) {
+void score_tile(Rows keys, int count, int dim, int64_t query_stride, float scale,
+                const ScoreJob<Tile>* jobs, int num_jobs, typename Tile::Key* packed) {
   constexpr int kFeatures = Tile::kFeatures;
   constexpr int64_t kBlock = kColumns * kFeatures;
   const int steps = (dim + kFeatures - 1) / kFeatures;  // blocks along the features
@@ -113,6 +113,7 @@ struct FloatTile {
   using Storage = Element;
   using Query = float;  // packed [row][D]
   using Key = float;    // packed [kFeatures][kColumns]
+  static constexpr bool kPacks = true;
   static constexpr int kFeatures = kLanes;
   static constexpr int kMaxRows = kLanes == 16 ? 8 : 6;  // query rows that fit into the registers
 
@@ -137,12 +138,6 @@ struct FloatTile {
       transpose(block);
       for (int n = 0; n < kLanes; ++n) store(packed + n * kColumns + j, block[n]);
     }
-  }
-
-  template <typename Rows>
-  static LA_HD void score(Rows keys, int count, int dim, int64_t query_stride, float scale,
-                          const ScoreJob<FloatTile>* jobs, int num_jobs, Key* packed) {
-    score_packed(keys, count, dim, query_stride, scale, jobs, num_jobs, packed);
   }
 
   template <int R, typename Rows>

@@ -20,6 +20,7 @@ struct BFloat16Tile {
   using Storage = BFloat16;
   using Query = BFloat16;  // packed [row][D]
   using Key = uint32_t;    // packed [kFeatures / 2][kColumns]
+  static constexpr bool kPacks = true;
   static constexpr int kFeatures = 32;
   static constexpr int kMaxRows = 8;
 
@@ -47,12 +48,6 @@ struct BFloat16Tile {
     int32_t pair;
     memcpy(&pair, p, sizeof(pair));
     return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-  }
-
-  template <typename Rows>
-  static LA_HD void score(Rows keys, int count, int dim, int64_t query_stride, float scale,
-                          const ScoreJob<BFloat16Tile>* jobs, int num_jobs, Key* packed) {
-    score_packed(keys, count, dim, query_stride, scale, jobs, num_jobs, packed);
   }
 
   template <int R, typename Rows>

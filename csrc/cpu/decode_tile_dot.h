@@ -33,9 +33,10 @@ LA_HD __m128 reduce_add(Vec a, Vec b, Vec c, Vec d) {
 template <typename Element>
 struct DotTile {
   using Storage = Element;
-  using Query = float;                 // packed [row][D]
-  using Key = float;                   // no key is packed
-  static constexpr int kFeatures = 0;  // so no room is needed for them
+  using Query = float;  // packed [row][D]
+  using Key = float;    // no key is packed, so no room is needed for them
+  static constexpr bool kPacks = false;
+  static constexpr int kFeatures = 0;
   static constexpr int kMaxRows = 4;
   // Keys that all rows are multiplied with before the next: they stay in the first cache.
   static constexpr int kGroup = 8;
@@ -49,7 +50,7 @@ struct DotTile {
   // logits = scale * <query row, key>; past `count` the last key stands in.
   template <typename Rows>
   static LA_HD void score(Rows keys, int count, int dim, int64_t query_stride, float scale,
-                          const ScoreJob<DotTile>* jobs, int num_jobs, Key*) {
+                          const ScoreJob<DotTile>* jobs, int num_jobs) {
     for (int j = 0; j < count; j += kGroup) {
       const Element* group[kGroup];
       for (int n = 0; n < kGroup; ++n) group[n] = keys[j + n < count ? j + n : count - 1];

@@ -243,8 +243,12 @@ class Decode {
     const BatchRow& row = batch_rows_[b];
     show(b, tile, count, s);
     const int jobs = list_jobs(row, s);
-    Tile::score(keys, count, dim_, query_width_, static_cast<float>(p_.scale) * kLog2e, s.jobs,
-                jobs, s.keys);
+    const float scale = static_cast<float>(p_.scale) * kLog2e;
+    if constexpr (Tile::kPacks) {
+      score_tile<Tile>(keys, count, dim_, query_width_, scale, s.jobs, jobs, s.keys);
+    } else {
+      Tile::score(keys, count, dim_, query_width_, scale, s.jobs, jobs);
+    }
     mask_unseen(b, tile, count, s);
     for (int i = 0; i < rows_; ++i) raise_max(row, i, s);
     for (int i = 0; i < rows_; ++i) weigh(row, i, s);
