@@ -1,12 +1,14 @@
 // The inner loops of decoding: a tile of kTile cached keys against blocks of query rows.
 //
-// A Tile type says how keys and queries are packed and multiplied, kColumns keys by kFeatures
-// features at a time:
+// A Tile type says how keys and queries are laid out and multiplied:
+//   add_values  accumulator[row][:] = factor[row] * accumulator[row][:] + sum weight * value
+// FloatTile converts everything to float. BFloat16Tile (decode_tile_bf16.h) multiplies bf16 pairs.
+// `score_tile` multiplies queries and keys, kColumns keys by kFeatures features at a time, with
 //   pack        a block of keys -> one column per key, so that logits come out with keys along the
 //               lanes, ready for the softmax, and no sum across lanes is ever taken
 //   multiply    logits[row][key] += <query row, key> over the block's features
-//   add_values  accumulator[row][:] = factor[row] * accumulator[row][:] + sum weight * value
-// FloatTile converts everything to float. BFloat16Tile (decode_tile_bf16.h) multiplies bf16 pairs.
+// DotTile (decode_tile_dot.h) packs nothing and has a `score` of its own: with half as many
+// registers that is faster.
 //
 // Packing costs a fixed number of shuffles per key, however many query rows (heads of the group x
 // sightings x queries) then use the block. A block is multiplied right after it is packed: the
@@ -23,9 +25,8 @@
 
 LA_NAMESPACE_BEGIN
 
-constexpr int kMaxRows = kLanes == 16 ? 8 : 6;  // query rows that fit into the registers
-constexpr int kColumns = 2 * kLanes;            // keys or features per inner loop
-constexpr int kMaxDim = 256;                    // larger heads take the plain path
+constexpr int kColumns = 2 * kLanes;  // keys or features per inner loop
+constexpr int kMaxDim = 256;          // larger heads take the plain path
 static_assert(kTile % kColumns == 0, "a tile is a whole number of column blocks");
 
 // Calls fn(Rows<n>{}): the row count as a compile-time constant.
@@ -33,7 +34,7 @@ template <int N>
 struct Rows {
   static constexpr int value = N;
 };
-template <int N = kMaxRows, typename Fn>
+template <int N, typename Fn>
 LA_HD void with_rows(int rows, Fn fn) {
   if constexpr (N == 1) {
     fn(Rows<1>{});
@@ -54,12 +55,67 @@ LA_HD void prefetch(const T* p, int feature) {
   if (feature * static_cast<int>(sizeof(T)) % 64 == 0) __builtin_prefetch(p + feature, 0, 2);
 }
 
+// A block of query rows and where its logits go.
+template <typename Tile>
+struct ScoreJob {
+  const typename Tile::Query* query;  // [rows][query_stride]
+  float* logits;                      // [rows][kTile]
+  int rows;
+};
+
+// logits = scale * <query row, key> for `count` keys and every job. `packed` holds two blocks: the
+// next one is packed before this one is multiplied, so that its shuffles run beside the products.
+template <typename Tile, typename Rows>
+void score_tile(Rows keys, int count, int dim, int64_t query_stride, float scale,
+                const ScoreJob<Tile>* jobs, int num_jobs, typename Tile::Key* packed) {
+  constexpr int kFeatures = Tile::kFeatures;
+  constexpr int64_t kBlock = kColumns * kFeatures;
+  const int steps = (dim + kFeatures - 1) / kFeatures;  // blocks along the features
+  const int blocks = (count + kColumns - 1) / kColumns * steps;
+  auto pack = [&](int block) {
+    const int j = block / steps * kColumns, d = block % steps * kFeatures;
+    const int features = dim - d < kFeatures ? dim - d : kFeatures;
+    auto* to = packed + block % 2 * kBlock;
+    if (count - j >= kColumns && features == kFeatures) {
+      Tile::pack(keys.from(j, d), kColumns, kFeatures, to);
+    } else {
+      Tile::pack(keys.from(j, d), count - j, features, to);
+    }
+  };
+  pack(0);
+  for (int block = 0; block < blocks; ++block) {
+    if (block + 1 < blocks) pack(block + 1);
+    const int j = block / steps * kColumns, d = block % steps * kFeatures;
+    const int features = dim - d < kFeatures ? dim - d : kFeatures;
+    const Vec factor = broadcast(d + kFeatures >= dim ? scale : 1.0f);
+    for (int i = 0; i < num_jobs; ++i) {
+      with_rows<Tile::kMaxRows>(jobs[i].rows, [&](auto n) {
+        constexpr int R = decltype(n)::value;
+        float* logits = jobs[i].logits + j;
+        Vec sum[R][2];
+        for (int r = 0; r < R; ++r) {
+          sum[r][0] = d == 0 ? zero() : load(logits + r * kTile);
+          sum[r][1] = d == 0 ? zero() : load(logits + r * kTile + kLanes);
+        }
+        Tile::template multiply<R>(jobs[i].query + d, query_stride, packed + block % 2 * kBlock,
+                                   features, sum, keys.from(j, d));
+        for (int r = 0; r < R; ++r) {
+          store(logits + r * kTile, mul(sum[r][0], factor));
+          store(logits + r * kTile + kLanes, mul(sum[r][1], factor));
+        }
+      });
+    }
+  }
+}
+
 template <typename Element>
 struct FloatTile {
   using Storage = Element;
   using Query = float;  // packed [row][D]
   using Key = float;    // packed [kFeatures][kColumns]
+  static constexpr bool kPacks = true;
   static constexpr int kFeatures = kLanes;
+  static constexpr int kMaxRows = kLanes == 16 ? 8 : 6;  // query rows that fit into the registers
 
   // Features of one accumulator row.
   static LA_HD int accumulator_stride(int dim) { return round_up(dim, kLanes); }
@@ -149,58 +205,5 @@ struct FloatTile {
     }
   }
 };
-
-// A block of query rows and where its logits go.
-template <typename Tile>
-struct ScoreJob {
-  const typename Tile::Query* query;  // [rows][query_stride]
-  float* logits;                      // [rows][kTile]
-  int rows;
-};
-
-// logits = scale * <query row, key> for `count` keys and every job. `packed` holds two blocks: the
-// next one is packed before this one is multiplied, so that its shuffles run beside the products.
-template <typename Tile, typename Rows>
-void score_tile(Rows keys, int count, int dim, int64_t query_stride, float scale,
-                const ScoreJob<Tile>* jobs, int num_jobs, typename Tile::Key* packed) {
-  constexpr int kFeatures = Tile::kFeatures;
-  constexpr int64_t kBlock = kColumns * kFeatures;
-  const int steps = (dim + kFeatures - 1) / kFeatures;  // blocks along the features
-  const int blocks = (count + kColumns - 1) / kColumns * steps;
-  auto pack = [&](int block) {
-    const int j = block / steps * kColumns, d = block % steps * kFeatures;
-    const int features = dim - d < kFeatures ? dim - d : kFeatures;
-    auto* to = packed + block % 2 * kBlock;
-    if (count - j >= kColumns && features == kFeatures) {
-      Tile::pack(keys.from(j, d), kColumns, kFeatures, to);
-    } else {
-      Tile::pack(keys.from(j, d), count - j, features, to);
-    }
-  };
-  pack(0);
-  for (int block = 0; block < blocks; ++block) {
-    if (block + 1 < blocks) pack(block + 1);
-    const int j = block / steps * kColumns, d = block % steps * kFeatures;
-    const int features = dim - d < kFeatures ? dim - d : kFeatures;
-    const Vec factor = broadcast(d + kFeatures >= dim ? scale : 1.0f);
-    for (int i = 0; i < num_jobs; ++i) {
-      with_rows(jobs[i].rows, [&](auto n) {
-        constexpr int R = decltype(n)::value;
-        float* logits = jobs[i].logits + j;
-        Vec sum[R][2];
-        for (int r = 0; r < R; ++r) {
-          sum[r][0] = d == 0 ? zero() : load(logits + r * kTile);
-          sum[r][1] = d == 0 ? zero() : load(logits + r * kTile + kLanes);
-        }
-        Tile::template multiply<R>(jobs[i].query + d, query_stride, packed + block % 2 * kBlock,
-                                   features, sum, keys.from(j, d));
-        for (int r = 0; r < R; ++r) {
-          store(logits + r * kTile, mul(sum[r][0], factor));
-          store(logits + r * kTile + kLanes, mul(sum[r][1], factor));
-        }
-      });
-    }
-  }
-}
 
 LA_NAMESPACE_END

@@ -20,7 +20,9 @@ struct BFloat16Tile {
   using Storage = BFloat16;
   using Query = BFloat16;  // packed [row][D]
   using Key = uint32_t;    // packed [kFeatures / 2][kColumns]
+  static constexpr bool kPacks = true;
   static constexpr int kFeatures = 32;
+  static constexpr int kMaxRows = 8;
 
   static LA_HD bool takes(int64_t dim) { return dim % 32 == 0; }
   static LA_HD int accumulator_stride(int dim) { return dim; }

@@ -24,6 +24,7 @@
 #include "../core/visual.h"
 #include "decode_softmax.h"
 #include "decode_tile_bf16.h"
+#include "decode_tile_dot.h"
 #include "parallel.h"
 #include "routed_attention_plain.h"
 
@@ -47,7 +48,7 @@ class Decode {
         rows_(static_cast<int>(group_ * p.queries)),
         width_(Tile::accumulator_stride(dim_)),
         query_width_(round_up(dim_, kLanes)),
-        row_blocks_((rows_ + kMaxRows - 1) / kMaxRows),
+        row_blocks_((rows_ + Tile::kMaxRows - 1) / Tile::kMaxRows),
         threads_(p.num_threads < 1 ? 1 : p.num_threads),
         max_sightings_(p.visual.num_reinjections),
         // Keys of a work unit: many rows make a chunk's result large, so they get fewer chunks.
@@ -242,15 +243,19 @@ class Decode {
     const BatchRow& row = batch_rows_[b];
     show(b, tile, count, s);
     const int jobs = list_jobs(row, s);
-    score_tile<Tile>(keys, count, dim_, query_width_, static_cast<float>(p_.scale) * kLog2e, s.jobs,
-                     jobs, s.keys);
+    const float scale = static_cast<float>(p_.scale) * kLog2e;
+    if constexpr (Tile::kPacks) {
+      score_tile<Tile>(keys, count, dim_, query_width_, scale, s.jobs, jobs, s.keys);
+    } else {
+      Tile::score(keys, count, dim_, query_width_, scale, s.jobs, jobs);
+    }
     mask_unseen(b, tile, count, s);
     for (int i = 0; i < rows_; ++i) raise_max(row, i, s);
     for (int i = 0; i < rows_; ++i) weigh(row, i, s);
     if (tokens_ > 0) keep_weights(b, b * p_.key_heads + unit.key_head, tile, count, s);
     for (int block = 0; block < row_blocks_; ++block) {
       const int first = first_of_block(block);
-      with_rows(first_of_block(block + 1) - first, [&](auto n) {
+      with_rows<Tile::kMaxRows>(first_of_block(block + 1) - first, [&](auto n) {
         Tile::template add_values<decltype(n)::value>(
             s.logits + first * kTile, block == 0 ? values : values.again(), count, dim_,
             s.factors + first, s.accumulator + first * width_);
@@ -455,7 +460,7 @@ class Decode {
 
 template <typename T>
 void decode(const RoutedAttentionParams& p) {
-  Decode<FloatTile<T>>(p).run();
+  Decode<ElementTile<T>>(p).run();
 }
 
 #ifdef __AVX512BF16__
@@ -464,7 +469,7 @@ void decode<BFloat16>(const RoutedAttentionParams& p) {
   if (BFloat16Tile::takes(p.head_dim)) {
     Decode<BFloat16Tile>(p).run();
   } else {
-    Decode<FloatTile<BFloat16>>(p).run();
+    Decode<ElementTile<BFloat16>>(p).run();
   }
 }
 #endif
