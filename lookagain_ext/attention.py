@@ -253,7 +253,8 @@ class RoutedAttention(nn.Module):
             attention_mask: padding, see `lookagain_attention`; causality needs no mask.
             position_ids: integer [B, L], read when `position_embeddings` is None; default: counted
                 on from the cache.
-            past_key_values: a cache, written in place.
+            past_key_values: a cache, written in place; also taken as `cache`, its name from
+                transformers 5.24 on.
             position_embeddings: (cos, sin), each [B, L, rotary_dim], NeoX layout; features past
                 rotary_dim are not turned.
             **keywords: `visual_context`, `key_start` int32 [B], `key_length` int32 [B],
@@ -262,6 +263,8 @@ class RoutedAttention(nn.Module):
         Returns:
             ([B, L, hidden_size], None).
         """
+        if past_key_values is None:
+            past_key_values = keywords.pop("cache", None)
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
         if self.q_norm is not None:

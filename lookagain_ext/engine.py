@@ -77,7 +77,11 @@ class Engine:
     def before_base(self, keywords: dict[str, Any]) -> dict[str, Any]:
         """Before the base model's forward: decide what this call is, and move its positions."""
         labels, self._labels = self._labels, None
-        ids, cache = keywords.get("input_ids"), keywords.get("past_key_values")
+        name = self.family.cache_name
+        if name != "past_key_values" and "past_key_values" in keywords:
+            keywords = {**keywords, name: keywords["past_key_values"]}
+            del keywords["past_key_values"]
+        ids, cache = keywords.get("input_ids"), keywords.get(name)
         if ids is None:
             raise ValueError("input_ids are needed to see reflections, got only inputs_embeds")
         state = getattr(cache, _STATE, None)
@@ -116,7 +120,7 @@ class Engine:
             return output
         if plan.forward is not None:
             output = plan.forward.finish(output)
-            cache = getattr(output, "past_key_values", None)
+            cache = getattr(output, self.family.cache_name, None)
             if cache is not None:
                 setattr(cache, _STATE, plan.forward)
         elif plan.rollout is not None:
@@ -129,7 +133,7 @@ class Engine:
 
     def _step(self, keywords: dict[str, Any], rollout: Rollout) -> dict[str, Any]:
         """One generated token for each row."""
-        cache = keywords["past_key_values"]
+        cache = keywords[self.family.cache_name]
         past, positions = cache.get_seq_length(), keywords.get("position_ids")
         if positions is None:
             positions = self.family.positions(keywords, past)
@@ -139,7 +143,7 @@ class Engine:
 
     def _prefill(self, keywords: dict[str, Any]) -> dict[str, Any]:
         """The prompt of a generation: nothing in it triggers."""
-        ids, cache = keywords["input_ids"], keywords["past_key_values"]
+        ids, cache = keywords["input_ids"], keywords[self.family.cache_name]
         positions = keywords.get("position_ids")
         positions = _axes(self.family.positions(keywords) if positions is None else positions)
         mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])
@@ -154,7 +158,7 @@ class Engine:
 
     def _continue(self, keywords: dict[str, Any], rollout: Rollout) -> dict[str, Any]:
         """More prompt on a cache that holds some: a long prompt in chunks, or another turn."""
-        ids, cache = keywords["input_ids"], keywords["past_key_values"]
+        ids, cache = keywords["input_ids"], keywords[self.family.cache_name]
         past = int(cache.get_seq_length())
         positions = keywords.get("position_ids")
         positions = _axes(self.family.positions(keywords, past) if positions is None else positions)
@@ -212,7 +216,7 @@ class Engine:
             extra["visual_context"] = rollout.context
             extra["layer_selected"] = rollout.layer_selected
         self._plan = _Plan(extra)
-        return {**keywords, "position_ids": positions, "past_key_values": cache}
+        return {**keywords, "position_ids": positions, self.family.cache_name: cache}
 
     def _sequence(self, keywords: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
         """A whole sequence without a cache: training, scoring, or a loop's first call."""

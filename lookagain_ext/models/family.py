@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def cache_keyword(module: nn.Module) -> str:
+    """What a module's forward calls the cache: "cache" from transformers 5.24 on.
+
+    The old name is still taken there, but what calls a module from outside sees either.
+    """
+    known = inspect.signature(module.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 class Family:
     """One family of vision-language models, bound to one model.
 
@@ -28,6 +38,9 @@ class Family:
 
     Args:
         model: the `…ForConditionalGeneration`, unwrapped.
+
+    Attributes:
+        cache_name: what its modules call the cache, see `cache_keyword`.
 
     Raises:
         ValueError: if the model has something that re-injection cannot express (sliding windows,
@@ -40,6 +53,7 @@ class Family:
         self.model = model
         self.config = model.config
         self._check()
+        self.cache_name = cache_keyword(self.base)
 
     @property
     def base(self) -> nn.Module:
@@ -105,11 +119,11 @@ class Family:
                 )
         names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
         known = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        known[self.cache_name] = inputs.get(self.cache_name)
         positions = self.base.compute_3d_position_ids(
             input_ids=ids,
             inputs_embeds=ids.new_empty(*ids.shape, 0),
             attention_mask=inputs.get("attention_mask"),
-            past_key_values=inputs.get("past_key_values"),
             image_grid_thw=known.pop("image_grid_thw", None),
             video_grid_thw=known.pop("video_grid_thw", None),
             **known,
