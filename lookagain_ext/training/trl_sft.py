@@ -36,6 +36,8 @@ class LookAgainSFTConfig(SFTConfig):
         train_tags_only: of embedding and head, train only the rows of the template's tags; all
             others keep their bits. With PEFT these two are frozen anyway: name the tags in its
             `trainable_token_indices`.
+        log_visual_attention: measure the attention on the picture at each log, see
+            `LookingTrainer`.
 
     Raises:
         ValueError: if a value is not allowed, or does not go with a model that looks again.
@@ -60,6 +62,10 @@ class LookAgainSFTConfig(SFTConfig):
     )
     look_again: dict | str | None = field(
         default="copy", metadata={"help": "'copy', 'route', 'off', or fields as a dict or JSON."}
+    )
+
+    log_visual_attention: bool = field(
+        default=True, metadata={"help": "Measure the attention on the picture at each log."}
     )
 
     def __post_init__(self) -> None:
