@@ -142,11 +142,14 @@ def bench(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also write the figures, as JSON.")
     ] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="Measure this part only; may be repeated.")
+    ] = None,
 ) -> None:
     """Measure the kernels beside their baselines on this machine."""
     from .commands.bench import run
 
-    run(quick, out)
+    run(quick, out, suite or ())
 
 
 @app.command()

@@ -55,7 +55,7 @@ class RecipeConfig:
         route_ratio: the share of visual tokens that ROUTE is trained with.
         evaluate: `{questions: N}` grades every model on N held-out drawn questions, and
             `ratios: [...]` the ROUTE model at these shares too; None leaves that out.
-        speed: options of `python -m lookagain_ext.training.speed`; None leaves it out.
+        speed: whether to measure a training step that looks again beside others.
         launch: what starts a training command on several devices, as a list of words:
             `[accelerate, launch, --config_file, zero3.yaml]`.
 
@@ -73,7 +73,7 @@ class RecipeConfig:
     strategies: tuple[str, ...] = STRATEGIES
     route_ratio: float = 0.5
     evaluate: dict[str, Any] | None = None
-    speed: dict[str, Any] | None = None
+    speed: bool = False
     launch: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -166,11 +166,9 @@ def steps(config: RecipeConfig) -> list[Step]:
         more = {"model": base, "data": data, "trainer": trainer}
         train("sft", f"sft-{strategy}", config.sft, **more)
     made += _evaluations(config, base, zero)
-    if config.speed is not None:
-        words = [f"--{name.replace('_', '-')}={value}" for name, value in config.speed.items()]
+    if config.speed:
         file = folder / "evaluation" / "speed.json"
-        module = ("python", "-m", "lookagain_ext.training.speed", f"--json={file}")
-        made.append(Step("speed", (*module, *words)))
+        made.append(Step("speed", ("lookagain", "bench", "--suite=training_step", f"--out={file}")))
     return made
 
 

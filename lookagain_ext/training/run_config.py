@@ -30,7 +30,8 @@ class RunConfig:
             the other arguments of `ChatEndpoint`, and `show_image: false` to keep the picture
             back), or `{model: NAME}` for one that is loaded here; None: the records have them.
         rewards: for BRPO, keywords of `brpo_rewards`, and `weights`, one for each reward.
-        lora: fields of PEFT's LoraConfig; None trains the model itself.
+        lora: fields of PEFT's LoraConfig; None trains the model itself. With
+            `trainable_token_indices: tags` the tags' rows of embedding and head train too.
         dtype: of the parameters; None: as they were saved.
         threads: of PyTorch; 0 leaves them.
 

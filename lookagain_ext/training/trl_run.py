@@ -148,7 +148,7 @@ def make_trainer(
         "args": args,
         "train_dataset": read_data(kind, config.data),
         "processing_class": processor,
-        "peft_config": _lora(config.lora),
+        "peft_config": _lora(config.lora, model, processor),
     }
     if kind == "sft":
         return LookAgainSFTTrainer(model, **keywords)
@@ -190,11 +190,17 @@ def _checkpoint_to_resume(folder: Path, config: RunConfig, resume: bool) -> Path
     return found
 
 
-def _lora(fields: dict[str, Any] | None) -> Any:  # noqa: ANN401 - PEFT's LoraConfig
+def _lora(fields: dict[str, Any] | None, model: Any, processor: Any) -> Any:  # noqa: ANN401
+    """PEFT's LoraConfig; "tags" as `trainable_token_indices` stands for the rows of the tags."""
     if fields is None:
         return None
     from peft import LoraConfig
 
+    if fields.get("trainable_token_indices") == "tags":
+        ids = tag_ids(processor)
+        tied = model.config.get_text_config().tie_word_embeddings
+        names = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+        fields = {**fields, "trainable_token_indices": dict.fromkeys(names, ids)}
     try:
         return LoraConfig(**fields)
     except TypeError as error:
