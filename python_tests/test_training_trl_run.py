@@ -170,7 +170,7 @@ def test_two_processes_of_which_one_reflects(way, tmp_path):
 def test_two_processes_train_as_one_with_the_same_rows(kind, tmp_path):
     """Loss, gradient and weights, at equal global batch; rollouts are made to depend on nothing
     but the row: the likeliest token each time, reflections at forced steps."""
-    plan = config(tmp_path, kind)
+    plan = config(tmp_path, kind, data={"scenes": 8, "seed": 3})  # two whole batches of four
     trainer = {**plan.trainer, "max_steps": 2, "look_again": "copy", "optim": "sgd"}
     trainer |= {"max_grad_norm": 1e9, "lr_scheduler_type": "constant", "warmup_steps": 0}
     if kind == "brpo":
