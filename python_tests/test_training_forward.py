@@ -80,6 +80,9 @@ def test_attention_of_a_full_forward_is_that_of_decoding(family, way):
         read.attention[0, :short], decoded.attention[0, :short], rtol=1e-5, atol=1e-6
     )
     assert not read.attention[0, short:].any() and read.attention[1, -1] > 0
+    with look_again(model, tracked) as session:
+        model(**batch)
+        assert session.trace.attention is None  # checkpointing would count a layer twice
 
 
 @pytest.mark.parametrize("way", ["copy", "copy-append", "copy-reencode", "route", "route-layer"])

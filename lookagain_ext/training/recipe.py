@@ -240,7 +240,9 @@ def run_recipe(config: RecipeConfig, say: Callable[[str], None] = print) -> list
             say(f"{head}: {words}")
             if step.settings is not None:
                 plain = yaml.safe_dump(step.settings, sort_keys=False)
-                write_atomically(folder / "configs" / f"{_stem(step)}.yaml", plain)
+                write_atomically(
+                    folder / "configs" / f"{step.name.removesuffix('-data')}.yaml", plain
+                )
             begun = time.perf_counter()
             dies = functools.partial(_die_with_parent, os.getpid())
             code = subprocess.call(_argv(step, config.launch), preexec_fn=dies)
@@ -251,10 +253,6 @@ def run_recipe(config: RecipeConfig, say: Callable[[str], None] = print) -> list
                 [{"number": number, "name": step.name, "command": words, "seconds": seconds}]
             )
         return [journal.done[number] for number in range(len(planned))]
-
-
-def _stem(step: Step) -> str:
-    return Path(step.command[-1] if step.command[-1].endswith(".yaml") else step.command[-2]).stem
 
 
 def _argv(step: Step, launch: tuple[str, ...]) -> list[str]:
