@@ -20,10 +20,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_training import ANSWER, saved_model
 
+from lookagain_ext.models.loading import load
 from lookagain_ext.synthetic.scenes import Scene
 from lookagain_ext.training.checkpoint import METRICS, read_metrics
 from lookagain_ext.training.run_config import RunConfig
 from lookagain_ext.training.run_data import read_data
+from lookagain_ext.training.trainable import tag_ids
 from lookagain_ext.training.trl_run import last_checkpoint, make_trainer, run
 
 pytestmark = [
@@ -222,6 +224,25 @@ def test_two_processes_train_as_one_with_the_same_rows(kind, tmp_path):
                 assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
         apart = sum(float((weights[0][name] - made[name]).abs().sum()) for name in before)
         assert apart < 1e-3 * moved
+
+
+def test_an_adapter_that_trains_the_tags(tmp_path):
+    """Their rows of embedding and head, no other; what is saved can be loaded and trained on."""
+    lora = {"r": 4, "target_modules": ".*language_model.layers.*q_proj"}
+    plan = config(tmp_path, "sft", lora={**lora, "trainable_token_indices": "tags"})
+    plan = RunConfig.from_dict({**plan.to_dict(), "trainer": {**plan.trainer, "max_steps": 2}})
+    plan.trainer["train_tags_only"] = False
+    base, processor = saved_model(tmp_path / "base", tied=False)
+    done = run("sft", plan, console=quiet())
+    model, _ = load(done)
+    tags = set(tag_ids(processor))
+    for part in ("get_input_embeddings", "get_output_embeddings"):
+        old, new = (getattr(one, part)().weight for one in (base, model))
+        assert set((old != new).any(1).nonzero().flatten().tolist()) == tags, part
+    layers = (one.model.language_model.layers[0].self_attn for one in (base, model))
+    old, new = layers
+    assert not torch.equal(old.q_proj.weight, new.q_proj.weight)
+    assert torch.equal(old.k_proj.weight, new.k_proj.weight)
 
 
 def test_resume_refuses_another_configuration(tmp_path):
