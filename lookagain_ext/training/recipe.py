@@ -33,6 +33,11 @@ from .run_config import read_yaml
 
 JOURNAL = "recipe.jsonl"
 STRATEGIES: tuple[str, ...] = ("off", "copy", "route")
+_QUIET = {  # bars for the loading of small files, and warnings for authors, hide what matters
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+}
 
 
 @dataclass(frozen=True)
@@ -245,7 +250,9 @@ def run_recipe(config: RecipeConfig, say: Callable[[str], None] = print) -> list
                 )
             begun = time.perf_counter()
             dies = functools.partial(_die_with_parent, os.getpid())
-            code = subprocess.call(_argv(step, config.launch), preexec_fn=dies)
+            environment = {**_QUIET, **os.environ}
+            argv = _argv(step, config.launch)
+            code = subprocess.call(argv, preexec_fn=dies, env=environment)
             if code:
                 raise RuntimeError(f"{step.name} failed with exit code {code}: {words}")
             seconds = round(time.perf_counter() - begun, 1)
