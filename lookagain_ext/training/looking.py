@@ -135,6 +135,7 @@ class LookingTrainer:
         """The Trainer's; measures the attention on the picture when a log is due."""
         step, every = self.state.global_step + 1, max(1, int(self.args.logging_steps))
         due = self.args.log_visual_attention and self.model.training and step % every == 0
+        due = due and bool({"attention_mask", "completion_mask"} & set(inputs))  # not if packed
         if due and step != self._measured:
             self._measured = step
             self._metrics["train"]["visual_attention"] = [self._visual_attention(model, inputs)]
