@@ -91,7 +91,8 @@ def main(
     console = Console(width=150)
     if small:
         layers, length, batch = 1, 760, 1
-    model = decoder(layers, device, small)
+    narrow = {"hidden": 512, "intermediate": 1024, "heads": (4, 1)} if small else {}
+    model = decoder(layers, device, **narrow)
     if small:
         model.float()  # bfloat16 products take a CPU long
     model.model.visual.requires_grad_(False)

@@ -142,11 +142,14 @@ def bench(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also write the figures, as JSON.")
     ] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="Measure this part only; may be repeated.")
+    ] = None,
 ) -> None:
     """Measure the kernels beside their baselines on this machine."""
     from .commands.bench import run
 
-    run(quick, out)
+    run(quick, out, suite or ())
 
 
 @app.command()
@@ -208,6 +211,48 @@ def distill(
         review_votes,
         device,
     )
+
+
+@app.command()
+@tells_errors
+def recipe(
+    name: Annotated[str, typer.Argument(help="qwen-la: Qwen Look Again, arXiv 2505.23558.")],
+    config: Annotated[
+        str, typer.Option("--config", "-c", help="A YAML file, or one that the package brings.")
+    ] = "configs/tiny/recipe-quick.yaml",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of everything; default: the file's.")
+    ] = None,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Held-out questions a model; default: the file's.")
+    ] = None,
+) -> None:
+    """Run all stages of a method; interrupted, the same command goes on."""
+    from .commands.recipe import run
+
+    run(name, config, out, questions)
+
+
+@train_app.command()
+@tells_errors
+def coldstart(
+    config: Annotated[
+        str, typer.Option("--config", "-c", help="A YAML file, or one that the package brings.")
+    ] = "configs/tiny/coldstart.yaml",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the run; default: the file's.")
+    ] = None,
+    data_only: Annotated[
+        bool, typer.Option("--data-only", help="Write the reflections, and do not train.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from a checkpoint in the folder, if there is one.")
+    ] = True,
+) -> None:
+    """Teach a model to reflect: write one reflection into each answer, then fine-tune on them."""
+    from .commands.train import run_coldstart
+
+    run_coldstart(config, out, data_only, resume)
 
 
 @train_app.command()

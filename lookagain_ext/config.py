@@ -36,7 +36,8 @@ class LookAgainConfig:
         max_reinjections: re-injections a row can have, 1 to 16.
         keep: what happens past them: "all" keeps those it has, and later reflections are text
             only; "latest" replaces the oldest ("virtual" only).
-        track_attention: record the attention on every visual token at every step.
+        track_attention: record the attention on every visual token at every step; of a forward over
+            whole sequences only without gradients, and not with "reencode".
 
     Raises:
         ValueError: a value that is not allowed, by name.

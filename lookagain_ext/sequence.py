@@ -30,6 +30,7 @@ class Sequence:
         positions: int64 [3 or 4, B, L], moved past the re-injected blocks.
         shift: int32 [B, N], rotary offset of each re-injection.
         rows: int32 [B, N, 2], tokens generated before each re-injection.
+        counted: bool [B, L], the tokens that could trigger.
     """
 
     config: LookAgainConfig
@@ -41,6 +42,7 @@ class Sequence:
     positions: Tensor
     shift: Tensor
     rows: Tensor
+    counted: Tensor
 
     @property
     def num_columns(self) -> int:
@@ -59,12 +61,23 @@ class Sequence:
             None if selected is None else selected[:, :count].contiguous(),
         )
 
-    def trace(self, selected: Tensor | None, mass: Tensor | None) -> Trace:
+    def each_counted(self) -> Tensor:
+        """int32 [B, T, 2], each counted token as a range; empty ranges where a row has fewer."""
+        order = torch.argsort(~self.counted, dim=1, stable=True)
+        count = self.counted.sum(1)
+        order = order[:, : int(count.max())]
+        real = torch.arange(order.shape[1], device=order.device) < count[:, None]
+        return torch.stack([order, order + real], dim=-1).to(torch.int32)
+
+    def trace(
+        self, selected: Tensor | None, mass: Tensor | None, attention: Tensor | None = None
+    ) -> Trace:
         """The reflections, in the form of a generation's trace.
 
         Args:
             selected: bool [B, N, L_c], or None when all tokens are shown.
             mass: float32 [B, N, L_c], mean attention before each re-injection, or None.
+            attention: float32 [B, T, L_c], mean attention of each counted token, or None.
         """
         counts = self.layout.num_visual.tolist()
         selected = None if selected is None else selected.cpu()
@@ -92,7 +105,8 @@ class Sequence:
                         ignored=wanted and not looked,
                     )
                 )
-        return Trace(found, None, None, self.layout.grids)
+        share = None if attention is None else attention.sum(-1)
+        return Trace(found, share, attention, self.layout.grids)
 
 
 def read_sequence(
@@ -151,7 +165,7 @@ def read_sequence(
     weight[:-3] = 0
     moved = positions + weight * passed * layout.extent[:, None]
     return Sequence(
-        config, layout, hits, begins, index, positions, moved, shift.to(torch.int32), rows
+        config, layout, hits, begins, index, positions, moved, shift.to(torch.int32), rows, counted
     )
 
 

@@ -40,10 +40,15 @@ class SequenceForward:
         self.selected: Tensor | None = None
         self.mass: Tensor | None = None
         self.expansion: Expansion | None = None
+        self.probe: MassProbe | None = None
 
     def trace(self) -> Trace:
-        """The reflections of the sequences."""
-        return self.sequence.trace(self.selected, self.mass)
+        """The reflections of the sequences, and where their attention went if it was tracked."""
+        attention = None
+        if self.probe is not None:
+            share = self.family.num_layers * self.family.num_attention_heads
+            attention = (self.probe.total / share).cpu()
+        return self.sequence.trace(self.selected, self.mass, attention)
 
     def prepare(self, keywords: dict[str, Any]) -> dict[str, Any]:
         """Keywords for the decoder, from those that the base model calls it with."""
@@ -52,6 +57,13 @@ class SequenceForward:
         passes = self._agreed_passes()
         if passes:
             self._route(keywords, passes)
+        # A recomputed layer would count twice, and re-encoded tokens have keys of their own.
+        if config.track_attention and not torch.is_grad_enabled() and config.backend != "reencode":
+            rows = sequence.each_counted()
+            width = sequence.layout.max_visual
+            self.probe = MassProbe(rows, torch.zeros(*rows.shape[:2], width, device=rows.device))
+            extra["mass_probe"] = self.probe
+            extra["visual_context"] = sequence.context(self.family.inv_freq(), None, 0)
         if not sequence.num_columns:
             return {**keywords, **extra}
         if config.routes and config.route_scope == "layer":

@@ -45,7 +45,8 @@ class Trace:
         attention: float32 [B, steps], share of the attention of each generated token that landed
             on visual tokens, mean over layers and heads; None unless tracked or routed by. The
             last token of an answer is never fed back, so it has no step. Rows that finished
-            early go on with padding tokens: cut at the row's length.
+            early go on with padding tokens: cut at the row's length. In a forward over whole
+            sequences, a step is a token that could trigger; rows with fewer end in zeros.
         attention_map: float32 [B, steps, L_c], the same for each visual token; None unless
             `track_attention`.
         grids: for each row, (t, h, w) of each of its images in tokens, in order: visual token

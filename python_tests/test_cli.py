@@ -428,3 +428,20 @@ def test_every_tag_is_printed_whole(tiny):
     """The tags are single tokens, so that the printer can dim them as they come."""
     vocabulary = tiny[1].tokenizer.get_vocab()
     assert all(tag in vocabulary for tag in TAGS)
+
+
+def test_cold_start_data(tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(f"output: {tmp_path / 'run'}\nmodel: lookagain-tiny\ndata: {{scenes: 3}}\n")
+    command = ["train", "coldstart", "--config", str(plan), "--data-only"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and "3 of 3 records: 3 whole" in done.output
+    assert (tmp_path / "run/data/reflected.jsonl").read_text().count("<REFLECTION>") == 3
+    plan.write_text("output: x\n")
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2 and "the configuration needs data, model" in refused.output
+
+
+def test_one_part_of_the_benchmarks():
+    refused = CliRunner().invoke(app, ["bench", "--suite", "decoding"])
+    assert refused.exit_code == 2 and "suite must be one of decode," in refused.output

@@ -221,3 +221,9 @@ def test_without_datasets(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r'datasets: pip install "lookagain-ext\[train\]"'):
         load_records(tmp_path / "set.jsonl", "geometry")
+
+
+def test_an_empty_file_is_named(tmp_path, datasets) -> None:
+    (tmp_path / "kept.jsonl").touch()
+    with pytest.raises(ValueError, match="kept.jsonl is empty: it holds no record"):
+        load_records(tmp_path / "kept.jsonl", "llava-cot")

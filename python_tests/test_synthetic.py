@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lookagain_ext.synthetic.answers import write_answer, write_exercise, write_short_answers
-from lookagain_ext.synthetic.grade import guessing_rate, held_out, is_right, wilson
+from lookagain_ext.synthetic.grade import evaluate, guessing_rate, held_out, is_right, wilson
 from lookagain_ext.synthetic.processor import SceneProcessor, is_scene_processor, letterbox
 from lookagain_ext.synthetic.questions import TYPES, Filter, Question, ask, tally
 from lookagain_ext.synthetic.scenes import Scene, Shape
@@ -263,6 +263,16 @@ def test_saved_model_answers_the_same(tmp_path: Path, processor: SceneProcessor)
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, again(**inputs).logits)
     assert again.config.text_config.num_key_value_heads < 4
+
+
+def test_grades_can_be_compared_question_by_question() -> None:
+    model, processor = load_tiny()
+    whole = evaluate(model, processor, 6, guess=False)
+    empty = evaluate(model, processor, 6, guess=False, empty_reflections=True)
+    assert whole.marks.count("1") == round(6 * whole.accuracy) and len(whole.marks) == 6
+    assert not whole.guessing and "guessing" not in whole.summary()
+    assert whole.mean_reflection_tokens > 5 and whole.seconds > 0
+    assert empty.mean_reflections >= 1 and empty.mean_reflection_tokens == 0
 
 
 def test_load_names_what_is_missing(tmp_path: Path) -> None:

@@ -59,6 +59,32 @@ def test_full_forward_is_decoding(family, way):
             assert [r.shown.tolist() for r in written] == [r.shown.tolist() for r in found]
 
 
+@pytest.mark.parametrize("way", ["copy", "route", "route-layer", "off"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_of_a_full_forward_is_that_of_decoding(family, way):
+    model, inputs = tiny_model(family), tiny_inputs(ROWS)
+    tracked = config(**WAYS[way], track_attention=True)
+    with look_again(model, tracked) as session, torch.no_grad():
+        new, _ = generate(model, inputs, reflect_at(*STEPS))
+        decoded = session.trace
+        batch = whole_sequence(inputs, new)
+        batch["labels"][0, -3:] = -100  # a row with fewer
+        model(**batch)
+        read = session.trace
+    steps = decoded.attention.shape[1]
+    torch.testing.assert_close(
+        read.attention_map[1, :steps], decoded.attention_map[1], rtol=1e-5, atol=1e-6
+    )
+    short = new.shape[1] - 3
+    torch.testing.assert_close(
+        read.attention[0, :short], decoded.attention[0, :short], rtol=1e-5, atol=1e-6
+    )
+    assert not read.attention[0, short:].any() and read.attention[1, -1] > 0
+    with look_again(model, tracked) as session:
+        model(**batch)
+        assert session.trace.attention is None  # checkpointing would count a layer twice
+
+
 @pytest.mark.parametrize("way", ["copy", "copy-append", "copy-reencode", "route", "route-layer"])
 def test_log_probabilities_of_samples(way):
     """float32, sampled, 0 to 4 reflections a row, two samples for each prompt."""

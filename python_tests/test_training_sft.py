@@ -24,6 +24,7 @@ from lookagain_ext.training.checkpoint import (
     rewind_metrics,
     save_checkpoint,
 )
+from lookagain_ext.training.coldstart import remove_reflections
 from lookagain_ext.training.config import SFTConfig, Stage
 from lookagain_ext.training.data import (
     ATTRIBUTES,
@@ -176,6 +177,17 @@ def test_loss_is_on_the_answer_alone(processor: SceneProcessor) -> None:
         assert trained.startswith("<SUMMARY>") and trained.endswith("</CONCLUSION><|im_end|>")
         assert torch.equal(ids[labels != IGNORE], labels[labels != IGNORE])
     assert torch.equal(batch["mm_token_type_ids"].sum(1), torch.full((4,), processor.visual_tokens))
+
+
+def test_plain_answers_hold_no_reflection_and_no_evidence(processor: SceneProcessor) -> None:
+    answer, plain = (
+        SceneBatches(Stage("s", task, 1, 4, 1e-3), processor, 0)[0] for task in ("answer", "plain")
+    )
+    for whole, bare in zip(answer["labels"], plain["labels"], strict=True):
+        whole, bare = (processor.tokenizer.decode(one[one != IGNORE]) for one in (whole, bare))
+        assert "<REFLECTION>" in whole and bare.endswith("<|im_end|>")
+        whole, bare = (text.removesuffix("<|im_end|>") for text in (whole, bare))
+        assert bare == remove_reflections(whole)
 
 
 def test_a_run_writes_what_it_promises(tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_training import ANSWER, saved_model
 
+from lookagain_ext.models.loading import load
 from lookagain_ext.synthetic.scenes import Scene
 from lookagain_ext.training.checkpoint import METRICS, read_metrics
 from lookagain_ext.training.run_config import RunConfig
 from lookagain_ext.training.run_data import read_data
+from lookagain_ext.training.trainable import tag_ids
 from lookagain_ext.training.trl_run import last_checkpoint, make_trainer, run
 
 pytestmark = [
@@ -76,10 +78,16 @@ def test_a_run_writes_what_it_promises(kind, tmp_path):
     lines = read_metrics(tmp_path / "run" / METRICS)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all("loss" in line for line in lines)
+    assert all(0 < line["visual_attention"] < 1 for line in lines)
+    assert all(line["tokens_per_second"] > 0 for line in lines[1:])
+    assert (tmp_path / "run/curves.png").read_bytes()[:4] == b"\x89PNG"
     assert RunConfig.load(tmp_path / "run/config.yaml") == config(tmp_path, kind)
     if kind == "brpo":
         assert all("reflections/count" in line and "kl" in line for line in lines)
         assert all("rewards/length_reward/mean" in line for line in lines)
+        for line in lines:
+            parts = [line[f"seconds/{part}"] for part in ("rollout", "scoring", "training")]
+            assert min(parts) > 0 and sum(parts) <= line["step_time"]
         samples = (tmp_path / "run/samples.txt").read_text()
         assert samples.count("--- step") == 4 and ">>> " in samples
 
@@ -158,6 +166,83 @@ def test_two_processes_of_which_one_reflects(way, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = read_metrics(Path(plan.output) / METRICS)
     assert [line["reflections/count"] for line in lines] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("kind", ["brpo", "sft"])
+def test_two_processes_train_as_one_with_the_same_rows(kind, tmp_path):
+    """Loss, gradient and weights, at equal global batch; rollouts are made to depend on nothing
+    but the row: the likeliest token each time, reflections at forced steps. The same for a batch
+    that is accumulated, in fine-tuning."""
+    plan = config(tmp_path, kind, data={"scenes": 8, "seed": 3})  # two whole batches of four
+    trainer = {**plan.trainer, "max_steps": 2, "look_again": "copy", "optim": "sgd"}
+    trainer |= {"max_grad_norm": 1e9, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    if kind == "brpo":
+        trainer |= {"top_k": 1, "beta": 0.5, "num_generations": 2}
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import torch\n"
+        "torch.set_num_threads(1)\n"
+        "from tiny_training import Recorder\n"
+        "from lookagain_ext.training import trl_run\n"
+        "made = trl_run.make_trainer\n"
+        "def make(*a):\n"
+        "    trainer = made(*a)\n"
+        "    steps = [[1, 3], [2], [], [0]]\n"
+        "    if trainer.accelerator.num_processes == 2:\n"
+        "        first = 2 * trainer.accelerator.process_index\n"
+        "        steps = steps[first : first + 2]\n"
+        "    Recorder(trainer.model, trainer.processing_class, steps)\n"
+        "    return trainer\n"
+        "trl_run.make_trainer = make\n"
+        "reward = lambda completion_ids, **_: [float(sum(i) % 97) for i in completion_ids]\n"
+        "trl_run.run(sys.argv[1], sys.argv[2], rewards=[reward])\n"
+    )
+    lines, weights = [], []
+    for processes, accumulated in ((1, 1), (2, 1), *([(1, 2)] if kind == "sft" else [])):
+        rows = {"per_device_train_batch_size": 4 // processes // accumulated}
+        rows["gradient_accumulation_steps"] = accumulated
+        folder = tmp_path / f"with-{processes}-{accumulated}"
+        run_plan = {**plan.to_dict(), "output": str(folder), "trainer": {**trainer, **rows}}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_plan))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launch.append(f"--nproc_per_node={processes}")
+        command = [*launch, str(script), kind, str(tmp_path / "run.yaml")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines.append(read_metrics(folder / METRICS))
+        weights.append(load_file(folder / "model/model.safetensors"))
+    before = load_file(tmp_path / "base/model.safetensors")
+    assert [line["step"] for line in lines[0]] == [1, 2]
+    moved = sum(float((weights[0][name] - before[name]).abs().sum()) for name in before)
+    assert moved > 0
+    for other, made in zip(lines[1:], weights[1:], strict=True):
+        for one, two in zip(lines[0], other, strict=True):
+            for name in ("loss", "grad_norm", *(["kl"] if kind == "brpo" else [])):
+                assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+        apart = sum(float((weights[0][name] - made[name]).abs().sum()) for name in before)
+        assert apart < 1e-3 * moved
+
+
+def test_an_adapter_that_trains_the_tags(tmp_path):
+    """Their rows of embedding and head, no other; what is saved can be loaded and trained on."""
+    lora = {"r": 4, "target_modules": ".*language_model.layers.*q_proj"}
+    plan = config(tmp_path, "sft", lora={**lora, "trainable_token_indices": "tags"})
+    plan = RunConfig.from_dict({**plan.to_dict(), "trainer": {**plan.trainer, "max_steps": 2}})
+    plan.trainer["train_tags_only"] = False
+    base, processor = saved_model(tmp_path / "base", tied=False)
+    done = run("sft", plan, console=quiet())
+    model, _ = load(done)
+    tags = set(tag_ids(processor))
+    for part in ("get_input_embeddings", "get_output_embeddings"):
+        old, new = (getattr(one, part)().weight for one in (base, model))
+        assert set((old != new).any(1).nonzero().flatten().tolist()) == tags, part
+    layers = (one.model.language_model.layers[0].self_attn for one in (base, model))
+    old, new = layers
+    assert not torch.equal(old.q_proj.weight, new.q_proj.weight)
+    assert torch.equal(old.k_proj.weight, new.k_proj.weight)
 
 
 def test_resume_refuses_another_configuration(tmp_path):

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import attention, generation
+from . import attention, generation, training_step
 from .measure import Row, machine
 
 SUITES: dict[str, Callable[[bool], Iterator[Row]]] = {
@@ -23,6 +23,7 @@ SUITES: dict[str, Callable[[bool], Iterator[Row]]] = {
     "training_reinjections": attention.training_reinjections,
     "append": attention.append,
     "generation": generation.generation,
+    "training_step": training_step.training_step,
 }
 
 

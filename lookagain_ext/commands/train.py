@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import inputs
@@ -32,6 +34,25 @@ def run_sft(config: str, out: Path | None, resume: bool) -> None:
         raise UserError(str(error), "See lookagain train sft --help.") from error
 
 
+def run_coldstart(config: str, out: Path | None, data_only: bool, resume: bool) -> None:
+    """Write the reflections of a cold start and train on them; going on where it stopped.
+
+    Raises:
+        UserError: as `run_trl`, or the writer cannot be asked.
+    """
+    if out is not None:
+        inputs.check_folder(out)
+    from ..training.coldstart_run import run_coldstart as run
+    from ..training.endpoint import EndpointError
+
+    with _told("coldstart"):
+        try:
+            run(config, output=out, resume=resume, data_only=data_only)
+        except EndpointError as error:
+            hint = "What is written is kept: the same command goes on."
+            raise UserError(str(error), hint) from error
+
+
 def run_trl(kind: str, config: str, out: Path | None, look_again: str | None, resume: bool) -> None:
     """Train by a TRL trainer; going on where an earlier run stopped.
 
@@ -41,13 +62,20 @@ def run_trl(kind: str, config: str, out: Path | None, look_again: str | None, re
     """
     if out is not None:
         inputs.check_folder(out)
-    hint = f"See lookagain train {kind} --help."
-    try:
+    with _told(kind):
         from ..training.trl_run import run
 
         run(kind, config, output=out, look_again=look_again, resume=resume)
-    except ModuleNotFoundError as error:
-        if "lookagain_ext[train]" not in str(error):
+
+
+@contextmanager
+def _told(kind: str) -> Iterator[None]:
+    """Mistakes in a configuration, and a missing extra, as one line with a hint."""
+    hint = f"See lookagain train {kind} --help."
+    try:
+        yield
+    except ImportError as error:
+        if "lookagain" not in str(error):
             raise
         raise UserError(str(error), hint) from error
     except ValueError as error:

@@ -22,7 +22,8 @@ def load(
 
     Args:
         name_or_path: "lookagain-tiny" (shipped with the package), a folder, or a hub id such as
-            "Qwen/Qwen2.5-VL-7B-Instruct".
+            "Qwen/Qwen2.5-VL-7B-Instruct". A folder with an adapter of PEFT gives the model that it
+            belongs to with the adapter merged in.
         dtype: of the parameters; None: float32 for lookagain-tiny, else as they were saved.
         device: where to; None: the CPU.
 
@@ -38,6 +39,8 @@ def load(
 
     name = str(name_or_path)
     folder = Path(name).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        return _load_adapted(folder, dtype, device)
     if name == TINY or (folder.is_dir() and is_scene_processor(folder)):
         path = None if name == TINY else folder
         kind = torch.float32 if dtype in (None, "auto") else _as_dtype(dtype)
@@ -45,6 +48,19 @@ def load(
     else:
         model, processor = _load_pretrained(name, folder, dtype)
     return (model if device is None else model.to(device)).eval(), processor
+
+
+def _load_adapted(
+    folder: Path, dtype: torch.dtype | str | None, device: torch.device | str | None
+) -> tuple[nn.Module, Any]:
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ValueError(f"{folder} holds an adapter: pip install peft to load it") from error
+
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    model, processor = load(base, dtype, device)
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval(), processor
 
 
 def _load_pretrained(

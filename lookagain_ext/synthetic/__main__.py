@@ -23,6 +23,10 @@ def main() -> None:
     parser.add_argument("--strategy", default="copy", choices=("copy", "route", "off"))
     parser.add_argument("--ratio", type=float, default=0.5, help="share of tokens route takes")
     parser.add_argument("--blank", action="store_true", help="show an empty picture instead")
+    parser.add_argument(
+        "--empty-reflections", action="store_true", help="close each reflection at once"
+    )
+    parser.add_argument("--no-guessing", action="store_true", help="leave out the guessing rate")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     given = parser.parse_args()
@@ -37,9 +41,12 @@ def main() -> None:
         strategy=given.strategy,
         route_ratio=given.ratio,
         picture=_blank if given.blank else Scene.render,
+        empty_reflections=given.empty_reflections,
+        guess=not given.no_guessing,
     )
     print(report.summary())
     if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -11,9 +12,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import LogitsProcessor, Qwen2_5_VLForConditionalGeneration
 
-from ..template import parse
+from ..template import REFLECTION, REFLECTION_END, parse, parse_ids
 from .processor import SceneProcessor
 from .questions import TYPES, Question, ask
 from .scenes import Scene
@@ -91,6 +92,9 @@ class Report:
         mean_tokens: mean length of the answers.
         mean_reflections: mean number of reflections.
         strategy: what was put before the reflections: "copy", "route" or "off".
+        mean_reflection_tokens: mean length of a reflection, tags not counted; 0 without any.
+        seconds: that answering took, on whatever ran beside it.
+        marks: a digit for each question in order, 1 for right: for paired comparisons.
     """
 
     questions: int
@@ -102,6 +106,9 @@ class Report:
     mean_tokens: float
     mean_reflections: float
     strategy: str
+    mean_reflection_tokens: float = 0.0
+    seconds: float = 0.0
+    marks: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -112,16 +119,18 @@ class Report:
         low, high = self.interval
         lines = [
             f"{self.accuracy:.1%} of {self.questions} held-out questions right "
-            f"(95 % interval {low:.1%} to {high:.1%}), strategy {self.strategy}; "
-            f"guessing: {self.guessing['all']:.1%}"
+            f"(95 % interval {low:.1%} to {high:.1%}), strategy {self.strategy}"
         ]
+        guessed = {name: f"   guessing {share:6.1%}" for name, share in self.guessing.items()}
+        lines[0] += guessed.get("all", "").replace("   guessing ", "; guessing:")
         lines += [
-            f"  {name:<12}{share:7.1%}   guessing {self.guessing[name]:6.1%}"
+            f"  {name:<12}{share:7.1%}{guessed.get(name, '')}"
             for name, share in self.by_type.items()
         ]
         lines.append(
             f"  {self.well_formed:.1%} follow the template; {self.mean_tokens:.0f} tokens and "
-            f"{self.mean_reflections:.2f} reflections an answer"
+            f"{self.mean_reflections:.2f} reflections an answer, {self.mean_reflection_tokens:.0f} "
+            "tokens each"
         )
         return "\n".join(lines)
 
@@ -137,6 +146,8 @@ def evaluate(
     batch_size: int = 64,
     max_new_tokens: int = 260,
     picture: Callable[[Scene], Image.Image] = Scene.render,
+    empty_reflections: bool = False,
+    guess: bool = True,
 ) -> Report:
     """Let the model answer held-out questions greedily and grade its conclusions.
 
@@ -150,14 +161,22 @@ def evaluate(
         batch_size: questions at a time.
         max_new_tokens: longest answer.
         picture: draws a scene; give another one to test what happens without the right picture.
+        empty_reflections: close each reflection as soon as it is opened, so that the picture is
+            shown again and nothing is said about it ("vision-only" in Qwen Look Again's Table 4).
+        guess: also work out the guessing rate, which takes seconds.
     """
     pairs = held_out(questions, seed)
-    answers, tokens = [], 0
+    answers, parsed, tokens = [], [], 0
+    extra = {"logits_processor": [_CloseAtOnce(processor)]} if empty_reflections else {}
+    extra |= {"max_new_tokens": max_new_tokens, "do_sample": False}
+    begun = time.perf_counter()
     with _looking(model, processor, strategy, route_ratio):
-        for text, length in _answers(model, processor, pairs, batch_size, max_new_tokens, picture):
+        for text, ids in _answers(model, processor, pairs, batch_size, picture, extra):
             answers.append(text)
-            tokens += length
-    parsed = [parse(answer) for answer in answers]
+            parsed.append(parse_ids(ids, processor.tokenizer))
+            tokens += len(ids)
+    seconds = time.perf_counter() - begun
+    lengths = [length for one in parsed for length in one.reflection_lengths]
     asked = [question for _, question in pairs]
     right = [is_right(answer, question) for answer, question in zip(answers, asked, strict=True)]
     by_type = {
@@ -169,12 +188,28 @@ def evaluate(
         accuracy=sum(right) / questions,
         interval=wilson(sum(right), questions),
         by_type={name: sum(hits) / len(hits) for name, hits in by_type.items() if hits},
-        guessing=guessing_rate(pairs),
+        guessing=guessing_rate(pairs) if guess else {},
         well_formed=sum(one.well_formed for one in parsed) / questions,
         mean_tokens=tokens / questions,
         mean_reflections=sum(one.reflections for one in parsed) / questions,
         strategy=strategy,
+        mean_reflection_tokens=sum(lengths) / len(lengths) if lengths else 0.0,
+        seconds=seconds,
+        marks="".join(str(int(hit)) for hit in right),
     )
+
+
+class _CloseAtOnce(LogitsProcessor):
+    """After `<REFLECTION>` only `</REFLECTION>` may come."""
+
+    def __init__(self, processor: SceneProcessor) -> None:
+        self._tags = processor.tokenizer.convert_tokens_to_ids([REFLECTION, REFLECTION_END])
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        opening, closing = self._tags
+        only = torch.full_like(scores, -torch.inf)
+        only[:, closing] = 0
+        return torch.where(input_ids[:, -1:] == opening, only, scores)
 
 
 def _looking(
@@ -198,15 +233,15 @@ def _answers(
     processor: SceneProcessor,
     pairs: list[tuple[Scene, Question]],
     batch_size: int,
-    max_new_tokens: int,
     picture: Callable[[Scene], Image.Image],
-) -> Iterator[tuple[str, int]]:
-    """Each answer's text, tags kept, and its length in tokens."""
+    options: dict[str, Any],
+) -> Iterator[tuple[str, list[int]]]:
+    """Each answer's text, tags kept, and its tokens without padding."""
     tokenizer = processor.tokenizer
     for first in range(0, len(pairs), batch_size):
         part = pairs[first : first + batch_size]
         inputs = encode(processor, [picture(s) for s, _ in part], [q.text for _, q in part])
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        for row in out[:, inputs["input_ids"].shape[1] :]:
-            length = int((row != tokenizer.pad_token_id).sum())
-            yield tokenizer.decode(row, skip_special_tokens=True), length
+        out = model.generate(**inputs, **options)
+        for row in out[:, inputs["input_ids"].shape[1] :].tolist():
+            ids = [token for token in row if token != tokenizer.pad_token_id]
+            yield tokenizer.decode(ids, skip_special_tokens=True), ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class ModelAnswerer:
     Args:
         model: in evaluation mode.
         processor: its processor; its tokenizer is made to pad on the left.
-        config: what a reflection shows.
+        config: what a reflection shows; None leaves the model as it is, tags or not.
         max_new_tokens: the longest answer; one that is cut off leaves the template.
         temperature: 0 takes the likeliest token each time.
         seed: of the sampling.
@@ -32,7 +33,7 @@ class ModelAnswerer:
         self,
         model: nn.Module,
         processor: Any,  # noqa: ANN401 - of any family
-        config: LookAgainConfig,
+        config: LookAgainConfig | None,
         *,
         max_new_tokens: int = 1024,
         temperature: float = 0.0,
@@ -66,7 +67,10 @@ class ModelAnswerer:
         inputs = inputs.to(self._model.device)
         tokenizer = self._processor.tokenizer
         torch.manual_seed((self._seed * 1_000_003 + number) % 2**63)
-        with look_again(self._model, self._config, tokenizer=tokenizer):
+        looking = nullcontext()
+        if self._config is not None:
+            looking = look_again(self._model, self._config, tokenizer=tokenizer)
+        with looking:
             output = self._model.generate(**inputs, **self._options)
         hidden = hidden_tokens(tokenizer)
         rows = output[:, inputs["input_ids"].shape[1] :].tolist()

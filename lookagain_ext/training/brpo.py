@@ -6,6 +6,8 @@ handed over as reward functions, and its settings, which are the defaults of `BR
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -40,6 +42,8 @@ class BRPOConfig(GRPOConfig):
             BRPO, whose rollouts reflect on text alone. Kept as a dict.
         train_vision: whether vision tower and projector train.
         train_tags_only: of embedding and head, train only the rows of the template's tags.
+        log_visual_attention: measure the attention on the picture at each log, see
+            `LookingTrainer`.
 
     Raises:
         ValueError: if a value is not allowed, or rollouts that look again are asked of an engine
@@ -69,6 +73,10 @@ class BRPOConfig(GRPOConfig):
     train_vision: bool = field(default=True, metadata={"help": "Train the vision tower."})
     train_tags_only: bool = field(
         default=False, metadata={"help": "Of embedding and head, train the tags' rows only."}
+    )
+
+    log_visual_attention: bool = field(
+        default=True, metadata={"help": "Measure the attention on the picture at each log."}
     )
 
     def __post_init__(self) -> None:
@@ -106,6 +114,9 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
       two tokens at the cut are equal within the precision of the dtype.
     - It logs `reflections/count` (a mean over answers), `reflections/length` (tokens, a mean over
       reflections) and `reflections/answers` (the share of answers with any).
+    - It logs the seconds of a step by part: `seconds/rollout` (answers are sampled),
+      `seconds/scoring` (rewards, and log-probabilities of the old policy and of the reference),
+      `seconds/training` (forward and backward) and `seconds/measuring` (of `visual_attention`).
     - A resumed run takes its data in the order in which it would have gone on.
     - `train_vision` and `train_tags_only` choose what trains.
 
@@ -150,6 +161,8 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
                     f"{name} does not work with look_again={self.look_again_config.strategy!r}: "
                     "reflections of earlier turns would count in the loss but not in the rollout"
                 )
+        self._seconds: Counter[str] = Counter()
+        self._logged_step: int | None = None
         super().__init__(model, reward_funcs, args=args, **keywords)
         self._choose_trainable(args.train_vision, args.train_tags_only)
 
@@ -168,6 +181,40 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
         if generator is not None:
             sampler.set_epoch = partial(_seed_epoch, generator, self.args.seed)
         return sampler
+
+    def _generate(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as GRPOTrainer's
+        return self._timed("rollout", super()._generate, *args, **keywords)
+
+    def _generate_and_score_completions(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        made = super()._generate_and_score_completions
+        return self._timed("scoring", made, *args, **keywords)
+
+    def training_step(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        """GRPOTrainer's, timed."""
+        if self._logged_step is None:
+            self._logged_step = self.state.global_step
+        return self._timed("training", super().training_step, *args, **keywords)
+
+    def _visual_attention(self, *args: Any, **keywords: Any) -> float:  # noqa: ANN401
+        return self._timed("measuring", super()._visual_attention, *args, **keywords)
+
+    def _timed(self, part: str, work: Any, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        """Do it, and count its seconds without those of the parts within it."""
+        within, begun = self._seconds.total(), time.perf_counter()
+        result = work(*args, **keywords)
+        within = self._seconds.total() - within
+        self._seconds[part] += time.perf_counter() - begun - within
+        return result
+
+    def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:  # noqa: ANN401
+        """GRPOTrainer's; also says where the time of a step went."""
+        steps = self.state.global_step - (self._logged_step or 0)
+        if self.model.training and steps > 0:
+            for part, seconds in self._seconds.items():
+                self._metrics["train"][f"seconds/{part}"] = [seconds / steps]
+            self._seconds.clear()
+            self._logged_step = self.state.global_step
+        super().log(logs, *args, **keywords)
 
     def _calculate_rewards(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 PACKAGED = Path(__file__).parents[1] / "configs"
-TASKS: tuple[str, ...] = ("vision", "exercise", "short", "answer")
+TASKS: tuple[str, ...] = ("vision", "exercise", "short", "answer", "plain")
 STRATEGIES: tuple[str, ...] = ("off", "copy", "route")
 
 
@@ -23,7 +23,8 @@ class Stage:
         task: "vision" matches every visual token with the words that are true of it (kind,
             colour, size, cell); "exercise" trains small looks at one picture; "short" trains looks
             and conclusions for many questions about one picture; "answer" trains whole answers in
-            the template.
+            the template; "plain" the same answers without their reflections, and so without the
+            evidence in them.
         steps: optimizer steps.
         batch_size: pictures a step.
         learning_rate: the highest; it rises over ``warmup`` steps and falls as a cosine to a
@@ -34,7 +35,7 @@ class Stage:
         route_ratio: the share of visual tokens that "route" takes.
         train_vision: False leaves the vision tower and its projector as they are, which is
             faster.
-        rehearsal: share of the rows of an "answer" stage that are short answers instead.
+        rehearsal: share of the rows of an "answer" or "plain" stage that are short answers instead.
     """
 
     name: str
@@ -72,7 +73,7 @@ class SFTConfig:
         output: folder of checkpoint, metrics, curves and models.
         stages: in order.
         seed: of weights and data; the same seed, threads and machine give the same bits.
-        init: folder of a model to start from; None builds a fresh one.
+        init: "lookagain-tiny" or the folder of a model to start from; None builds a fresh one.
         model: sizes for :func:`~lookagain_ext.synthetic.tiny.build_tiny`.
         precision: "fp32", or "bf16" for autocast.
         weight_decay: of matrices; vectors have none.

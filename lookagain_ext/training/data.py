@@ -19,6 +19,7 @@ from ..synthetic.questions import ask
 from ..synthetic.scenes import Scene
 from ..synthetic.tiny import prompt_text
 from ..synthetic.vocabulary import CELLS, COLOURS, COLUMNS, KINDS, ROWS, SIZES
+from .coldstart import remove_reflections
 from .config import Stage
 
 IGNORE = -100
@@ -123,12 +124,14 @@ class SceneBatches(Dataset):
     def _row(self, scene: Scene, key: str) -> tuple[list[int], list[int]]:
         """Token ids of one example, and its labels."""
         task = self.stage.task
-        if task == "answer" and random.Random(f"mix-{key}").random() < self.stage.rehearsal:
-            task = "short"
-        if task == "answer":
+        whole = task in ("answer", "plain")
+        if whole and random.Random(f"mix-{key}").random() < self.stage.rehearsal:
+            whole, task = False, "short"
+        if whole:
             question = ask(scene, key)
-            answer = write_answer(question, key) + "<|im_end|>"
-            parts = [(prompt_text(question.text), False), (answer, True)]
+            answer = write_answer(question, key)
+            answer = remove_reflections(answer) if task == "plain" else answer
+            parts = [(prompt_text(question.text), False), (f"{answer}<|im_end|>", True)]
         else:
             parts = [(prompt_text("Look at the board."), False)]
             write = write_exercise if task == "exercise" else write_short_answers

@@ -15,21 +15,17 @@ answered twice. When a shard is through, ``kept-*.jsonl``, ``review-*.jsonl`` an
 
 from __future__ import annotations
 
-import io
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..template import parse
 from .accuracy import check_matching, is_right
-from .checkpoint import write_atomically
 from .journal import Journal
 from .judges import VERDICTS, EndpointJudge, Judge
+from .record_files import write_picture, write_rows
 from .records import Record
 
 STATUSES: tuple[str, ...] = ("kept", "review", "malformed", "wrong")
@@ -90,7 +86,7 @@ def distill(
         )
     check_matching(matching)
     folder = Path(folder)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     name = f"{index:05d}-of-{count:05d}"
     work = {
         "questions": len(questions),
@@ -126,8 +122,7 @@ def distill(
             progress(len(journal.done), len(numbers), counts)
         for file, statuses in _FILES.items():
             rows = [journal.done[n] for n in numbers if journal.done[n]["status"] in statuses]
-            lines = "".join(f"{json.dumps(_row(entry))}\n" for entry in rows)
-            write_atomically(folder / f"{file}-{name}.jsonl", lines)
+            write_rows(folder / f"{file}-{name}.jsonl", rows, ("status", "reasons", "votes"))
     return counts
 
 
@@ -147,8 +142,7 @@ def _checked(
             status = "malformed"
         elif not is_right(parsed.conclusion, record.answer, matching):
             status, reasons = "wrong", [f"{parsed.conclusion!r} is not {record.answer!r}"]
-        picture = Path("images") / f"{number:08d}.png"
-        _write_picture(folder / picture, record.image)
+        picture = write_picture(folder, number, record.image)
         entries.append(
             {
                 "number": number,
@@ -156,7 +150,7 @@ def _checked(
                 "reasons": reasons,
                 "votes": [],
                 "id": record.id,
-                "image": str(picture),
+                "image": picture,
                 "question": record.question,
                 "answer": record.answer,
                 "response": text,
@@ -181,19 +175,3 @@ def _ask(judge: Judge, pairs: Sequence[tuple[Record, str]]) -> list[str]:
         return [judge(record, text) for record, text in pairs]
     with ThreadPoolExecutor(_REQUESTS) as pool:
         return list(pool.map(lambda pair: judge(*pair), pairs))
-
-
-def _row(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry as a record to train on, with what was found out about it."""
-    turns = [
-        {"from": "human", "value": f"<image>\n{entry['question']}"},
-        {"from": "gpt", "value": entry["response"]},
-    ]
-    kept = ("id", "image", "answer", "status", "reasons", "votes")
-    return {**{name: entry[name] for name in kept}, "conversations": turns}
-
-
-def _write_picture(path: Path, image: Image.Image) -> None:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())

@@ -98,6 +98,12 @@ class Journal:
         return lines
 
 
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The finished work in a journal's file, which may be in use; half a last line is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines[1:] if line.endswith("\n")]
+
+
 def _difference(there: dict[str, Any], wanted: dict[str, Any]) -> str:
     """The first thing in which two descriptions of work differ, in words."""
     for name in (*wanted, *there):

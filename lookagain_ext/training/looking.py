@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -63,6 +66,10 @@ class LookingTrainer:
     session writes how the model looks into its `config.json`. With "off" nothing is opened and
     nothing about the model changes.
 
+    TRL's metric `num_tokens` gets two beside it: `tokens_per_second`, and `visual_attention`, the
+    share of the answers' attention that is on the picture, re-injected tokens included (mean over
+    layers and heads, of one batch of each logged step; it takes a forward without gradients).
+
     Weights are read back from checkpoints through `from_pretrained`. The Trainer's own way takes
     the names in the file for those of the module, which for Qwen2.5-VL they are not, and goes on
     from the weights that the model had, with no more than a warning about missing keys.
@@ -74,6 +81,8 @@ class LookingTrainer:
 
     look_again_config: LookAgainConfig
     look_again_sessions: tuple[LookAgainSession, ...] = ()
+    _pace: tuple[float, float] | None = None
+    _measured = 0
 
     def _models_that_look(self) -> list[nn.Module]:
         """The models to open sessions on; a trainer with more than one adds to it."""
@@ -104,6 +113,54 @@ class LookingTrainer:
         """Train within `looking`; arguments and result are the Trainer's."""
         with self.looking():
             return super().train(*args, **keywords)
+
+    def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:  # noqa: ANN401
+        """The Trainer's; also says how many tokens a second went by since the log before."""
+        metrics = self._metrics["train"]
+        if metrics.get("num_tokens"):
+            tokens, now = metrics["num_tokens"][-1], time.perf_counter()
+            if self._pace is not None and tokens > self._pace[0]:
+                speed = (tokens - self._pace[0]) / (now - self._pace[1])
+                metrics["tokens_per_second"] = [speed]
+            self._pace = (tokens, now)
+        super().log(logs, *args, **keywords)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        *args: Any,  # noqa: ANN401 - as the Trainer's
+        **keywords: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """The Trainer's; measures the attention on the picture when a log is due."""
+        step, every = self.state.global_step + 1, max(1, int(self.args.logging_steps))
+        due = self.args.log_visual_attention and self.model.training and step % every == 0
+        due = due and bool({"attention_mask", "completion_mask"} & set(inputs))  # not if packed
+        if due and step != self._measured:
+            self._measured = step
+            self._metrics["train"]["visual_attention"] = [self._visual_attention(model, inputs)]
+        return super().compute_loss(model, inputs, *args, **keywords)
+
+    @torch.no_grad()
+    def _visual_attention(self, model: nn.Module, inputs: dict[str, Any]) -> float:
+        """Share of the answers' attention that is on the picture, mean over layers and heads."""
+        names = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+        given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        if "completion_ids" in inputs:
+            kinds = ("prompt", "completion")
+            ids, mask = (torch.cat([inputs[f"{k}_{n}"] for k in kinds], 1) for n in ("ids", "mask"))
+            labels = ids.masked_fill(mask == 0, -100)
+            labels[:, : inputs["prompt_ids"].shape[1]] = -100
+        else:
+            ids, mask, labels = (inputs[n] for n in ("input_ids", "attention_mask", "labels"))
+        given |= {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        config = replace(self.look_again_config, track_attention=True, backend="virtual")
+        with (
+            look_again(self.model, config, self.processing_class) as session,
+            self.accelerator.autocast(),
+        ):
+            model(**given, use_cache=False, fused_lm_head=True)  # as TRL calls it
+            return float(session.trace.attention.sum() / (labels != -100).sum())
 
     def evaluate(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as the Trainer's
         """Evaluate within `looking`; arguments and result are the Trainer's."""

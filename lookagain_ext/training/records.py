@@ -198,6 +198,8 @@ def load_records(
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
     if kind is not None and not path.is_file():
         raise ValueError(f"there is no file {name}")
+    if kind == "json" and not path.stat().st_size:
+        raise ValueError(f"{name} is empty: it holds no record")
     if kind is None and path.exists():
         raise ValueError(f"{name} must be a .jsonl, .json or .parquet file, or an id on the hub")
     try:

@@ -26,8 +26,12 @@ class RunConfig:
             (BRPO) or `completion` (SFT); with `reader: llava-cot` or `geometry` it holds records
             of that shape, see `lookagain_ext.training.records`.
         trainer: fields of `BRPOConfig` or `LookAgainSFTConfig`, `look_again` among them.
+        writer: for a cold start, who writes the reflections: `{endpoint: URL, model: NAME}` (with
+            the other arguments of `ChatEndpoint`, and `show_image: false` to keep the picture
+            back), or `{model: NAME}` for one that is loaded here; None: the records have them.
         rewards: for BRPO, keywords of `brpo_rewards`, and `weights`, one for each reward.
-        lora: fields of PEFT's LoraConfig; None trains the model itself.
+        lora: fields of PEFT's LoraConfig; None trains the model itself. With
+            `trainable_token_indices: tags` the tags' rows of embedding and head train too.
         dtype: of the parameters; None: as they were saved.
         threads: of PyTorch; 0 leaves them.
 
@@ -41,6 +45,7 @@ class RunConfig:
     trainer: dict[str, Any] = field(default_factory=dict)
     rewards: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
+    writer: dict[str, Any] | None = None
     dtype: str | None = None
     threads: int = 0
 
@@ -55,6 +60,8 @@ class RunConfig:
             raise ValueError("data: a reader needs a path")
         if unknown := sorted(set(self.data) - {"scenes", "seed", "path", "split", "reader"}):
             raise ValueError(f"data has no entry {', '.join(unknown)}")
+        if self.writer is not None and "model" not in self.writer:
+            raise ValueError(f"writer must name a model, got {self.writer!r}")
         if "output_dir" in self.trainer:
             raise ValueError("trainer: the folder is named by output, not by output_dir")
 

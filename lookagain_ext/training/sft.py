@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from ..models.loading import TINY
 from ..synthetic.processor import SceneProcessor
 from ..synthetic.tiny import build_tiny, load_tiny, save_tiny
 from .checkpoint import (
@@ -166,7 +167,7 @@ def _start(config: SFTConfig, resume: bool, console: Console) -> _Run:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     if config.init:
-        model, processor = load_tiny(config.init)
+        model, processor = load_tiny(None if config.init == TINY else config.init)
     else:
         model, processor = build_tiny(config.seed, **config.model)
     model.set_attn_implementation("eager")  # a fifth faster than sdpa at these lengths on a CPU

@@ -110,6 +110,9 @@ class TrainableParts:
         """
         if not vision:
             freeze_vision(self.model)
+        head = unwrap(self.model).get_output_embeddings()
+        if not hasattr(head, "bias"):  # PEFT's wrapper of single rows: TRL's fused head asks for it
+            head.bias = None
         if not tags_only:
             return
         ids = tag_ids(self.processing_class)

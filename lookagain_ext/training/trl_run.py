@@ -15,7 +15,8 @@ import torch
 import yaml
 from rich.console import Console
 
-from .checkpoint import METRICS, rewind_metrics, write_atomically
+from .checkpoint import METRICS, read_metrics, rewind_metrics, write_atomically
+from .curves import plot_runs
 from .run_config import KINDS, RunConfig
 from .trainable import tag_ids
 
@@ -41,6 +42,8 @@ _SHOWN = {
     "reflections/count": "reflections",
     "reflections/length": "tokens each",
     "mean_token_accuracy": "right tokens",
+    "visual_attention": "on picture",
+    "tokens_per_second": "tokens/s",
 }
 
 
@@ -57,7 +60,8 @@ def run(
     """Train, and return the folder of the trained model.
 
     Writes to `output`: `config.yaml`, checkpoints, `metrics.jsonl` with a line for each log of the
-    trainer, for BRPO `samples.txt` with answers as they were sampled, and `model` at the end.
+    trainer, for BRPO `samples.txt` with answers as they were sampled, and at the end `model` and
+    `curves.png`.
 
     Args:
         kind: "brpo" or "sft".
@@ -104,6 +108,9 @@ def run(
     done = folder / "model"
     trainer.save_model(str(done))
     if first:
+        lines = read_metrics(folder / METRICS)
+        if lines:
+            plot_runs({kind: lines}, folder / "curves.png")
         console.print(f"{trainer.state.global_step} steps; model in {done}", markup=False)
     return done
 
@@ -123,6 +130,8 @@ def make_trainer(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if config.writer is not None:
+        raise ValueError("writer: only a cold start has one (lookagain train coldstart)")
     from ..models.loading import load
 
     weights = dict(config.rewards).pop("weights", None)
@@ -139,7 +148,7 @@ def make_trainer(
         "args": args,
         "train_dataset": read_data(kind, config.data),
         "processing_class": processor,
-        "peft_config": _lora(config.lora),
+        "peft_config": _lora(config.lora, model, processor),
     }
     if kind == "sft":
         return LookAgainSFTTrainer(model, **keywords)
@@ -181,11 +190,17 @@ def _checkpoint_to_resume(folder: Path, config: RunConfig, resume: bool) -> Path
     return found
 
 
-def _lora(fields: dict[str, Any] | None) -> Any:  # noqa: ANN401 - PEFT's LoraConfig
+def _lora(fields: dict[str, Any] | None, model: Any, processor: Any) -> Any:  # noqa: ANN401
+    """PEFT's LoraConfig; "tags" as `trainable_token_indices` stands for the rows of the tags."""
     if fields is None:
         return None
     from peft import LoraConfig
 
+    if fields.get("trainable_token_indices") == "tags":
+        ids = tag_ids(processor)
+        tied = model.config.get_text_config().tie_word_embeddings
+        names = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+        fields = {**fields, "trainable_token_indices": dict.fromkeys(names, ids)}
     try:
         return LoraConfig(**fields)
     except TypeError as error:

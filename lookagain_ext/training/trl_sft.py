@@ -36,6 +36,8 @@ class LookAgainSFTConfig(SFTConfig):
         train_tags_only: of embedding and head, train only the rows of the template's tags; all
             others keep their bits. With PEFT these two are frozen anyway: name the tags in its
             `trainable_token_indices`.
+        log_visual_attention: measure the attention on the picture at each log, see
+            `LookingTrainer`.
 
     Raises:
         ValueError: if a value is not allowed, or does not go with a model that looks again.
@@ -60,6 +62,10 @@ class LookAgainSFTConfig(SFTConfig):
     )
     look_again: dict | str | None = field(
         default="copy", metadata={"help": "'copy', 'route', 'off', or fields as a dict or JSON."}
+    )
+
+    log_visual_attention: bool = field(
+        default=True, metadata={"help": "Measure the attention on the picture at each log."}
     )
 
     def __post_init__(self) -> None:
@@ -101,8 +107,9 @@ class LookAgainSFTTrainer(TrainableParts, LookingTrainer, SFTTrainer):
 
     An SFTTrainer with these differences: its forwards run under `look_again`; vision tower and
     projector are frozen; of embedding and head only the rows of the template's tags train. The
-    loss is on the answer alone. Re-injected tokens are no tokens of the sequence, so there is
-    no place where they could have a loss.
+    loss is on the answer alone, a mean over all tokens of a step's answers, whatever the number of
+    processes and accumulated batches they are spread over. Re-injected tokens are no tokens of the
+    sequence, so there is no place where they could have a loss.
 
     Args:
         model: as in SFTTrainer: a name, a model or a PEFT model. Its vocabulary must have the
@@ -135,4 +142,7 @@ class LookAgainSFTTrainer(TrainableParts, LookingTrainer, SFTTrainer):
                     "TRL then calls the model without labels"
                 )
         super().__init__(model, args=args, **keywords)
+        # TRL's loss takes the number of tokens of the whole batch; transformers counts them only
+        # for models that say their own forward takes it, which Qwen's do not.
+        self.model_accepts_loss_kwargs = True
         self._choose_trainable(args.train_vision, args.train_tags_only)
