@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .cache import CACHE, LookAgainCache
 from .layout import VisualLayout
-from .models.family import cache_keyword
 from .sequence import Sequence
 
 
@@ -73,7 +72,7 @@ class Reencoder:
         for row in rows.nonzero().flatten().tolist():
             part = slice(row, row + 1)
             chosen = shown[row, : len(self.rows[row])]
-            extra: dict[str, Any] = {cache_keyword(self.decoder): cache.row(row)}
+            extra: dict[str, Any] = {}
             if self.deepstack is not None:
                 extra["deepstack_visual_embeds"] = [f[row][chosen] for f in self.deepstack]
                 extra["visual_pos_masks"] = chosen[chosen][None]

@@ -117,7 +117,7 @@ def decoder(
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 1e6,
-            "mrope_section": [8, 12, 12] if small else [16, 24, 24],
+            "mrope_section": [16, 24, 24],
         },
         "bos_token_id": None,
         "eos_token_id": 1,
