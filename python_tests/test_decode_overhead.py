@@ -12,6 +12,7 @@ from lookagain_ext.generation import LookAgainConfig, look_again
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = [[3, (2, 3), 4], [2, (2, 2), 2, (1, 3), 3]]
+EVEN = [[3, (2, 3), 4], [2, (2, 3), 5]]
 STEPS = [[0, 2, 6], [4]]
 ADDED = {
     "off": ({"strategy": "off"}, 12),
@@ -65,7 +66,7 @@ def test_a_step_adds_few_operations_and_none_to_a_layer(name, as_on_a_device):
     fields, most = ADDED[name]
     added = []
     for layers in (1, 3):
-        model, inputs = tiny_model(layers=layers, dtype=torch.float32), tiny_inputs(ROWS)
+        model, inputs = tiny_model(layers=layers, dtype=torch.float32), tiny_inputs(EVEN)
         inputs["pixel_values"] = inputs["pixel_values"].float()
         plain = operations_of_a_step(model, inputs)
         with look_again(model, config(**fields)):

@@ -198,10 +198,12 @@ def _eager(
     tensors = (query, key, value, key_start, key_length, *_fields(visual))
     if visual_mass is None and mass_from is not None:
         raise ValueError("mass_from needs visual_mass")
-    checked = _cuda.on_gpu(query) and _cuda.are_many(query, key, block_table)
+    # The number of queries first: a decode step asks no further, here and below.
+    checked = query.shape[2] > _cuda.MOST_COUNTED_QUERIES and _cuda.on_gpu(query)
+    checked = checked and _cuda.are_many(query, key, block_table)
     if checked:  # libraries know nothing of these arguments
         _check(*tensors[:5], visual, visual_mass, mass_from, block_table, scale)
-    if not _wants_grad(query, key, value):
+    if not torch.is_grad_enabled() or not _wants_grad(query, key, value):
         return forward(*tensors, visual_mass, mass_from, block_table, scale, return_lse)
     if block_table is not None:
         raise ValueError("block_table has no gradient")
