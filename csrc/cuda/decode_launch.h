@@ -194,16 +194,13 @@ class SpanCursor {
 };
 
 // Logits of several sightings of one key under one softmax: `sum` weights of the form
-// exp2(logit - max).
+// exp2(logit - max). Without a branch: lanes of a warp would take both ways one after the other.
 LA_DEVICE void add_sighting(float logit, float* max, float* sum) {
-  if (logit == -INFINITY) return;
-  const float less = exp2_fast(-fabsf(logit - *max));
-  if (logit > *max) {
-    *sum = *max == -INFINITY ? 1.0f : *sum * less + 1.0f;
-    *max = logit;
-  } else {
-    *sum += less;
-  }
+  const float larger = fmaxf(*max, logit);
+  // Nothing seen yet: any finite reference gives weights of 0.
+  const float reference = larger == -INFINITY ? 0.0f : larger;
+  *sum = *sum * exp2_fast(*max - reference) + exp2_fast(logit - reference);
+  *max = larger;
 }
 
 // Cosine and sine of shift * inv_freq. The angle is exact in double; once reduced to a part of a
