@@ -26,6 +26,7 @@ from .gpu_plots import plot_generate
 from .gpu_timing import candidate, compare, describe
 
 KINDS = ("unpatched", "off", "copy", "route")
+PROFILED_STEPS = 12  # a profile of many takes longer than the steps
 
 
 class Run:
@@ -42,17 +43,18 @@ class Run:
         self.device = next(model.parameters()).device
         self.inputs = prompt(batch, str(self.device))
 
-    def seconds(self) -> float:
+    def seconds(self, steps: int | None = None) -> float:
         """From the first new token to the last."""
-        forced = Force({self.steps // 4, self.steps // 2, 3 * self.steps // 4})
+        steps = self.steps if steps is None else steps
+        forced = Force({steps // 4, steps // 2, 3 * steps // 4})
         options = {"cache_implementation": "static"} if self.static else {}
         if self.kind == "eager":
             options |= {"output_attentions": True, "return_dict_in_generate": True}
         self.model.generate(
             **self.inputs,
             do_sample=False,
-            min_new_tokens=self.steps,
-            max_new_tokens=self.steps,
+            min_new_tokens=steps,
+            max_new_tokens=steps,
             logits_processor=LogitsProcessorList([forced]),
             **options,
         )
@@ -95,7 +97,7 @@ class Run:
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
-            took = self.seconds()
+            took = self.seconds(min(self.steps, PROFILED_STEPS))
         attention = other = 0.0
         words = ("routed_attention", "attention", "flash", "fmha", "softmax")
         for event in trace.key_averages():

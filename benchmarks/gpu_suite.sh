@@ -34,8 +34,10 @@ print(lookagain_ext.build_info(), torch.__version__, torch.cuda.get_device_name(
 
 if part 1; then
   say "tests on cuda"
-  try timeout 500 python3 -m pytest -q --maxfail=20 -k "cuda and not emulated" python_tests \
-    -p no:cacheprovider | tee "$out/gpu_tests.log" | tail -n 40 || failed=1
+  workers=()
+  python3 -c "import xdist" 2>/dev/null && workers=(-n 10)  # most of a test is not on the GPU
+  try timeout 500 python3 -m pytest -q --maxfail=20 "${workers[@]}" -k "cuda and not emulated" \
+    python_tests -p no:cacheprovider | tee "$out/gpu_tests.log" | tail -n 40 || failed=1
 fi
 
 if part 2; then
