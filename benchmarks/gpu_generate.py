@@ -1,7 +1,8 @@
 """generate() with a 7B-shaped decoder: COPY, ROUTE and off at equal length, and where time goes.
 
 `python -m benchmarks.gpu_generate --out FILE`; the weights are random and made on the device, three
-reflections are forced at the same steps in every row. `--device cpu --layers 1` shows that it runs.
+reflections are forced at the same steps in every row. `--device cpu --layers 1 --small` shows that
+it runs.
 """
 
 from __future__ import annotations
@@ -155,10 +156,12 @@ def main(
     rounds: int = 3,
     batches: Annotated[list[int] | None, typer.Option("--batch")] = None,
     static: Annotated[bool, typer.Option(help="Static cache, compiled, CUDA graphs.")] = False,
+    small: Annotated[bool, typer.Option(help="Narrow layers: does every row run?")] = False,
 ) -> None:
     """Measure and print the table."""
     console = Console(width=150)
-    model = decoder(layers, device)
+    narrow = {"hidden": 512, "intermediate": 1024, "heads": (4, 1)} if small else {}
+    model = decoder(layers, device, **narrow)
     kinds = ("off", "copy", "route") if static else KINDS
     plans = [(kind, batch) for batch in batches or (1, 8, 32) for kind in kinds]
     if not static:  # attention weights of all layers and steps do not fit at large batches

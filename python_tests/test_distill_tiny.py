@@ -157,4 +157,4 @@ def test_a_folder_with_other_work(tmp_path, one_thread) -> None:
 def test_shards_and_judges_are_read() -> None:
     assert read_shard("1/3") == (1, 3)
     found = read_judge("org/m@1@https://h:1/v1", None, False)
-    assert (found.model, found.url) == ("org/m@1", "https://h:1/v1")
+    assert (found.endpoint.model, found.endpoint.url) == ("org/m@1", "https://h:1/v1")

@@ -54,7 +54,7 @@ def test_one_kernel_alone() -> None:
 
 def test_generate(tmp_path: Path) -> None:
     out = tmp_path / "generate.json"
-    options = ("--layers", "1", "--steps", "6", "--rounds", "1", "--batch", "1")
+    options = ("--small", "--layers", "1", "--steps", "6", "--rounds", "1", "--batch", "1")
     printed = run("benchmarks.gpu_generate", "--device", "cpu", *options, "--out", str(out))
     kept = json.loads(out.read_text())
     kinds = [row["kind"] for row in kept["rows"]]

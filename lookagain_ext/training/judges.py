@@ -52,6 +52,9 @@ class EndpointJudge:
         show_image: whether the judge is sent the picture.
         **options: the endpoint's other arguments.
 
+    Attributes:
+        endpoint: the :class:`.endpoint.ChatEndpoint`.
+
     Raises:
         ValueError: the URL is none of http or https, the variable is not set, or a number is out
             of range.
@@ -65,7 +68,7 @@ class EndpointJudge:
         show_image: bool = False,
         **options: Any,  # noqa: ANN401 - as ChatEndpoint's
     ) -> None:
-        self._endpoint = ChatEndpoint(url, model, **options)
+        self.endpoint = ChatEndpoint(url, model, **options)
         self._show_image = show_image
 
     def __call__(self, record: Record, answer: str) -> str:
@@ -76,7 +79,7 @@ class EndpointJudge:
         """
         image = record.image if self._show_image else None
         try:
-            return read_verdict(self._endpoint(_prompt(record, answer), image))
+            return read_verdict(self.endpoint(_prompt(record, answer), image))
         except EndpointError as error:
             raise JudgeError(str(error)) from error
 
