@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import parse
 from tiny_models import REFLECTION, generate, reflect_at, tiny_inputs, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +24,8 @@ ADDED = {
     "route_layer": ({"strategy": "route", "route_scope": "layer"}, 33),
 }
 """Operations that a step may have more than the unpatched model's, apart from attention."""
+# Before 5.23 generate kept a mask of ones, from which each layer then reads where its rows begin.
+OF_A_LAYER = 0 if parse(transformers.__version__) >= parse("5.23") else 3
 
 
 @pytest.fixture
@@ -71,7 +75,8 @@ def test_a_step_adds_few_operations_and_none_to_a_layer(name, as_on_a_device):
         plain = operations_of_a_step(model, inputs)
         with look_again(model, config(**fields)):
             added.append(operations_of_a_step(model, inputs) - plain)
-    assert added[1] <= added[0] <= most, added
+    assert added[0] <= most + OF_A_LAYER, added
+    assert added[1] <= added[0] + 2 * OF_A_LAYER, added
 
 
 @pytest.mark.parametrize(
