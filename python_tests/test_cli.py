@@ -382,7 +382,8 @@ def test_bench_hands_over_its_options(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(lookagain_ext.bench, "run", lambda *args: seen.append(args))
     assert lookagain("bench", "--quick", "--out", tmp_path / "b.json").exit_code == 0
-    assert seen == [(True, tmp_path / "b.json")]
+    assert lookagain("bench", "--suite", "decode", "--suite", "append").exit_code == 0
+    assert seen == [(True, tmp_path / "b.json", None), (False, None, ["decode", "append"])]
 
 
 def test_version():
