@@ -71,6 +71,12 @@ struct DecodeLaunch {
   LA_HD bool needs_combine() const { return splits > 1 || (logits != nullptr && !whole_heads()); }
 };
 
+// Whether rows of 16-bit elements can be read and copied 16 bytes at a time.
+inline bool aligned(const HeadsView& view) {
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch_stride % 8 == 0 &&
+         view.head_stride % 8 == 0 && view.row_stride % 8 == 0;
+}
+
 // The keys and the place of one batch row.
 struct RowKeys {
   int begin, end;      // of the keys that some query sees in their own place

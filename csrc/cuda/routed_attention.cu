@@ -7,11 +7,6 @@ namespace lookagain {
 namespace cuda {
 namespace {
 
-bool aligned(const HeadsView& view) {
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch_stride % 8 == 0 &&
-         view.head_stride % 8 == 0 && view.row_stride % 8 == 0;
-}
-
 int64_t padded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // The kernels of one call; `tensor_cores` is null for a type that has no such kernel.

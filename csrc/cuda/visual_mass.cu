@@ -7,12 +7,6 @@ namespace lookagain {
 namespace cuda {
 namespace {
 
-// Whether rows can be copied asynchronously, 16 bytes at a time.
-bool can_be_copied(const HeadsView& view) {
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch_stride % 8 == 0 &&
-         view.head_stride % 8 == 0 && view.row_stride % 8 == 0;
-}
-
 // As many pieces of the queries as give every multiprocessor some blocks, but each piece some
 // blocks of rows to pass by.
 int choose_pieces(const MassLaunch& a, int64_t rows_of_block, int64_t blocks_per_multiprocessor) {
@@ -75,7 +69,7 @@ void visual_mass(const VisualMassParams& p, const Allocate& allocate, Stream str
   a.group = static_cast<int>(p.query_heads / p.key_heads);
   a.inverse = 0xffffffffu / static_cast<uint32_t>(a.group);
   a.scale = static_cast<float>(p.scale) * kLog2e;
-  const bool tensor_cores = can_be_copied(p.query);
+  const bool tensor_cores = aligned(p.query);
   if (p.dtype == DType::kBFloat16) return run_type<BFloat16>(a, tensor_cores, allocate, stream);
   if (p.dtype == DType::kFloat16) return run_type<Float16>(a, tensor_cores, allocate, stream);
   run_type<float>(a, false, allocate, stream);

@@ -53,7 +53,7 @@ def routed_attention(
     Differentiable in query, key and value; a re-injected sighting sends its gradient to the one
     row it came from. Neither `visual_mass` nor the log-sum-exp is differentiated. The same inputs
     give the same bits, on a GPU those of gradients where torch is asked for deterministic
-    algorithms (`torch.use_deterministic_algorithms`), which cost about twice the time there.
+    algorithms (`torch.use_deterministic_algorithms`), which take two to three times as long there.
 
     Args:
         query: [B, H_q, L_q, D], float32, bfloat16, float16 or (CPU) float64; any strides with a
