@@ -37,6 +37,7 @@ def lookagain_attention(
     key_length: Tensor | None = None,
     visual_mass: Sequence[Tensor] | Tensor | None = None,
     mass_probe: MassProbe | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     **_: Any,  # noqa: ANN401 - every model passes keywords of its own
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls under the name "lookagain".
@@ -61,6 +62,9 @@ def lookagain_attention(
         key_length: int32 [B], keys of each row; default L_k.
         visual_mass: float32 [B, H_kv, L_c] of each layer, or this layer's alone; added to in place.
         mass_probe: collects visual mass over ranges of queries.
+        cu_seq_lens_q: int32 [S + 1], bounds of sequences packed without padding into the B · L
+            tokens, under transformers' name for them; what has a row for each of B otherwise has
+            one for each sequence then. On a CPU, no layer waits for a device to read it.
 
     Returns:
         (out [B, L_q, H_q, D], None): there are no attention weights.
@@ -78,6 +82,10 @@ def lookagain_attention(
     if layer_selected is not None:
         visual_context = replace(visual_context, selected=layer_selected[module.layer_idx])
     keywords = {"scale": scaling, "key_start": key_start, "key_length": key_length}
+    batch = query.shape[0]
+    if cu_seq_lens_q is not None:
+        keywords["cu_seqlens"] = cu_seq_lens_q
+        query, key, value = (_one_row(states) for states in (query, key, value))
     if layer_routing is not None:
         visual_context = route_layer(query, key, visual_context, layer_routing, keywords)
     mass = visual_mass
@@ -91,7 +99,8 @@ def lookagain_attention(
         )
         found = ops.visual_mass(query, key, visual_context, mass_probe.rows, lse=lse, **keywords)
         mass_probe.total += found.sum(2)
-    return out.transpose(1, 2), None
+    out = out.transpose(1, 2)
+    return out if cu_seq_lens_q is None else out.unflatten(1, (batch, -1)).flatten(0, 1), None
 
 
 def lookagain_mask(
@@ -121,6 +130,11 @@ def lookagain_mask(
 
 AttentionInterface.register(ATTENTION_NAME, lookagain_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, lookagain_mask)
+
+
+def _one_row(states: Tensor) -> Tensor:
+    """Heads [B, H, L, D] as [1, H, B · L, D]; a view, as a projection lays them out."""
+    return states.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)
 
 
 def _bounds(mask: Tensor, queries: int, keys: int) -> tuple[Tensor | None, Tensor | None]:

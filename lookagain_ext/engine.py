@@ -17,6 +17,7 @@ from .cache import CACHE, LookAgainCache
 from .config import LookAgainConfig
 from .layout import key_starts, visual_layout
 from .models import Family
+from .packing import Packing
 from .record import Buffers, DecoderShape
 from .reencode import is_sharded
 from .rollout import Rollout
@@ -223,15 +224,17 @@ class Engine:
         given = positions is not None
         positions = _axes(positions if given else self.family.positions(keywords))
         mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])
-        if mask is None and positions.shape[0] == 4:
-            _refuse_packing(positions[0])
+        packing, real = Packing.find(positions, mask, keywords.get("cu_seq_lens_q")), None
+        if packing is not None:
+            ids, positions, real = packing.rows(ids, -1), packing.rows(positions), packing.real
+            labels = None if labels is None else packing.rows(labels, -100)
         layout = visual_layout(ids, positions, mask, self.family.visual_token_ids())
-        sequence = read_sequence(self.config, layout, ids, positions, labels)
-        forward = SequenceForward(self.family, self.config, sequence)
+        sequence = read_sequence(self.config, layout, ids, positions, labels, real)
+        forward = SequenceForward(self.family, self.config, sequence, packing)
         self._latest = forward
         self._plan = _Plan({}, forward=forward)
         if sequence.num_columns or given:
-            keywords = {**keywords, "position_ids": sequence.positions}
+            keywords = {**keywords, "position_ids": forward.positions()}
         return keywords
 
     def _open(self, layout: Any, prompt_length: int, cache: Any) -> Rollout:  # noqa: ANN401
@@ -276,6 +279,11 @@ class Engine:
                 "again as before"
             )
         if isinstance(state, SequenceForward):
+            if state.packing is not None:
+                raise ValueError(
+                    f"{CACHE} holds packed sequences, which cannot be continued: generate from a "
+                    "batch with a row for each"
+                )
             if self.config.backend != "virtual" and self.config.looks:
                 raise ValueError(
                     f"backend={self.config.backend!r} needs its own cache from the first call on: "
@@ -317,11 +325,3 @@ def _seen_mask(mask: Any, length: int) -> Tensor | None:  # noqa: ANN401 - a ten
     if isinstance(mask, dict):
         mask = next(iter(mask.values()))
     return None if mask is None else mask[..., :length]
-
-
-def _refuse_packing(text_positions: Tensor) -> None:
-    if bool((torch.diff(text_positions, dim=-1) < 0).any()):
-        raise ValueError(
-            "position_ids begin anew within a row: packed sequences are not supported, give each "
-            "sequence a row of its own"
-        )

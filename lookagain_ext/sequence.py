@@ -115,6 +115,7 @@ def read_sequence(
     input_ids: Tensor,
     positions: Tensor,
     labels: Tensor | None,
+    real: Tensor | None = None,
 ) -> Sequence:
     """Find the reflections of whole sequences.
 
@@ -125,6 +126,7 @@ def read_sequence(
         positions: int64 [3 or 4, B, L].
         labels: int64 [B, L]: only tokens whose label is not -100 trigger. None: those after the
             last visual token.
+        real: bool [B, L], False on padding that a mask does not tell; None: there is none.
 
     Raises:
         ValueError: if `keep="latest"` would have to forget a re-injection within one forward.
@@ -136,6 +138,8 @@ def read_sequence(
         counted = torch.arange(length, device=input_ids.device) >= after[:, None]
     else:
         counted = labels.to(input_ids.device) != -100
+    if real is not None:
+        counted = counted & real
     mask = (input_ids == config.reflection_token_id) & counted
     hits = [row.nonzero().flatten().tolist() for row in mask.cpu()]
     host = counted.cpu()

@@ -10,6 +10,7 @@ from torch import Tensor
 from .config import LookAgainConfig
 from .layer_routing import LayerRouting, MassProbe, select_after
 from .models import Family
+from .packing import Packing
 from .reencode import Expansion, is_sharded
 from .sequence import Sequence
 from .trace import Trace
@@ -22,6 +23,7 @@ _KEPT = (
     "visual_pos_masks",
     "deepstack_visual_embeds",
 )
+_NOT_PACKED: dict[str, Any] = {"cu_seq_lens_q": None}
 
 
 class SequenceForward:
@@ -31,12 +33,20 @@ class SequenceForward:
         family: the model.
         config: how to look again.
         sequence: the reflections in it.
+        packing: where the rows of `sequence` lie in the batch, if it is packed.
     """
 
-    def __init__(self, family: Family, config: LookAgainConfig, sequence: Sequence) -> None:
+    def __init__(
+        self,
+        family: Family,
+        config: LookAgainConfig,
+        sequence: Sequence,
+        packing: Packing | None = None,
+    ) -> None:
         self.family = family
         self.config = config
         self.sequence = sequence
+        self.packing = packing
         self.selected: Tensor | None = None
         self.mass: Tensor | None = None
         self.expansion: Expansion | None = None
@@ -50,10 +60,15 @@ class SequenceForward:
             attention = (self.probe.total / share).cpu()
         return self.sequence.trace(self.selected, self.mass, attention)
 
+    def positions(self) -> Tensor:
+        """int64 [3 or 4, B, L], rotary positions moved past what is re-injected."""
+        positions = self.sequence.positions
+        return positions if self.packing is None else self.packing.pack(positions)
+
     def prepare(self, keywords: dict[str, Any]) -> dict[str, Any]:
         """Keywords for the decoder, from those that the base model calls it with."""
         sequence, config = self.sequence, self.config
-        extra: dict[str, Any] = {"key_start": sequence.layout.key_start}
+        extra = self._bounds()
         passes = self._agreed_passes()
         if passes:
             self._route(keywords, passes)
@@ -75,7 +90,7 @@ class SequenceForward:
             )
         if config.backend == "reencode":
             self.expansion = Expansion.of(sequence, self.selected, sequence.num_columns)
-            return {**self.expansion.inputs(keywords), **extra}
+            return {**self.expansion.inputs(self._unpacked(keywords)), **extra, **_NOT_PACKED}
         extra["visual_context"] = sequence.context(
             self.family.inv_freq(), self.selected, sequence.num_columns
         )
@@ -86,10 +101,24 @@ class SequenceForward:
         if self.expansion is None:
             return output
         expansion, self.expansion = self.expansion, None
-        output.last_hidden_state = expansion.restore(output.last_hidden_state)
+
+        def restore(hidden: Tensor) -> Tensor:
+            hidden = expansion.restore(hidden)
+            return hidden if self.packing is None else self.packing.repack(hidden)
+
+        output.last_hidden_state = restore(output.last_hidden_state)
         if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(map(expansion.restore, output.hidden_states))
+            output.hidden_states = tuple(map(restore, output.hidden_states))
         return output
+
+    def _bounds(self) -> dict[str, Any]:
+        """Keywords that tell the attention where sequences begin."""
+        if self.packing is None:
+            return {"key_start": self.sequence.layout.key_start}
+        return {"cu_seq_lens_q": self.packing.bounds}
+
+    def _unpacked(self, keywords: dict[str, Any]) -> dict[str, Any]:
+        return keywords if self.packing is None else self.packing.unpacked(keywords)
 
     def _agreed_passes(self) -> int:
         """Passes that ROUTE by the whole model needs: one for each re-injection.
@@ -129,29 +158,29 @@ class SequenceForward:
             self._decode(_kept(keywords))
 
     def _decode(self, kept: dict[str, Any], **extra: Any) -> None:  # noqa: ANN401 - as the decoder
-        self.family.decoder(
-            **kept | {"input_ids": None, "use_cache": False},
-            key_start=self.sequence.layout.key_start,
-            **extra,
-        )
+        given = {**kept, "input_ids": None, "use_cache": False, **self._bounds(), **extra}
+        self.family.decoder(**given)
 
     def _pass(self, keywords: dict[str, Any], number: int, end: int) -> Tensor:
         """float32 [B, L_c]: visual mass of the tokens before re-injection `number`."""
         sequence, inv_freq = self.sequence, self.family.inv_freq()
         kept = _kept(keywords)
         rows, fold = sequence.rows[:, number : number + 1].contiguous(), None
+        extra: dict[str, Any] = {}
         if self.config.backend == "reencode":
             expansion = Expansion.of(sequence, self.selected, number)
             rows, fold = expansion.ranges(rows[:, 0]), expansion.fold
             context = VisualContext.from_spans(expansion.spans, inv_freq)
-            kept = expansion.inputs(kept)
+            kept, extra = expansion.inputs(self._unpacked(kept)), _NOT_PACKED
         else:
             selected = self.selected if number else None
             context = sequence.context(inv_freq, selected, number)
-            kept = _shortened(kept, end) | {"position_ids": sequence.positions[..., :end]}
+            kept = kept | {"position_ids": self.positions()}
+            if self.packing is None:
+                kept = _shortened(kept, end)
         width = self.mass.shape[-1] if fold is None else fold.shape[-1]
         total = self.mass.new_zeros(*rows.shape[:2], width)
-        self._decode(kept, visual_context=context, mass_probe=MassProbe(rows, total))
+        self._decode(kept, visual_context=context, mass_probe=MassProbe(rows, total), **extra)
         total = total.sum(1)
         return (
             total if fold is None else torch.zeros_like(self.mass[:, 0]).scatter_add(1, fold, total)
@@ -167,4 +196,5 @@ def _kept(keywords: dict[str, Any]) -> dict[str, Any]:
 def _shortened(keywords: dict[str, Any], end: int) -> dict[str, Any]:
     """The decoder's keywords for the first `end` tokens, which hold all visual ones."""
     names = ("inputs_embeds", "attention_mask", "visual_pos_masks")
-    return {name: value[:, :end] if name in names else value for name, value in keywords.items()}
+    short = {name: value[:, :end] if name in names else value for name, value in keywords.items()}
+    return {**short, "position_ids": keywords["position_ids"][..., :end]}

@@ -125,6 +125,13 @@ class VisualContext:
             )
         return torch.cat([earlier, selected[:, None].to(earlier.device)], dim=1)
 
+    def row(self, number: int) -> VisualContext:
+        """The context of one row, as a batch of one; a view."""
+        part = slice(number, number + 1)
+        selected = None if self.selected is None else self.selected[part]
+        fields = (self.spans[part], self.inv_freq, self.shift[part], self.start[part])
+        return VisualContext(*fields, selected)
+
     @property
     def num_reinjections(self) -> int:
         """R, the number of re-injection columns."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..visual import NEVER, VisualContext, is_traced
-from . import _cuda
+from . import _cuda, _packed
 from ._attention_library import backward, forward
 from ._checks import (
     check_added_to,
@@ -40,6 +41,7 @@ def routed_attention(
     visual_mass: Tensor | None = None,
     mass_from: Tensor | None = None,
     block_table: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Causal grouped-query attention with re-injected visual tokens, in one softmax.
@@ -75,6 +77,12 @@ def routed_attention(
             is passed as `.transpose(1, 2)`), slot j of row b is slot j % block_size of block
             `block_table[b, j // block_size]`, and L_k = blocks · block_size. -1 is an unused
             entry; several rows may share a block. Needs `key_length`; has no gradient.
+        cu_seqlens: [S + 1], int32 or a list of int, of S sequences packed into one row without
+            padding: sequence s is the tokens from `cu_seqlens[s]` to before `cu_seqlens[s + 1]`,
+            and sees only itself. B = 1 and L_q = L_k then; what else has one entry for each row
+            (`visual`, `visual_mass`, `mass_from`) has one for each sequence, and key indices begin
+            at 0 in each. A tensor on a GPU is read once, which waits for the device; under
+            `torch.compile` pass a list.
         return_lse: also return the log-sum-exp of the logits.
 
     Returns:
@@ -92,6 +100,11 @@ def routed_attention(
 
             F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     """
+    if cu_seqlens is not None:
+        limits = {"key_start": key_start, "key_length": key_length, "block_table": block_table}
+        counted = {"visual_mass": visual_mass, "mass_from": mass_from}
+        fields = {"scale": scale, "return_lse": return_lse, **limits, **counted}
+        return _packed.attend(routed_attention, query, key, value, visual, cu_seqlens, **fields)
     arguments = (query, key, value, key_start, key_length, visual, visual_mass, mass_from)
     arguments = (*arguments, block_table, scale)
     if (

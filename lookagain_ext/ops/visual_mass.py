@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import reference
 from .._native import native
 from ..visual import VisualContext, is_traced
-from . import _cuda
+from . import _cuda, _packed
 from ._attention_library import forward as attention
 from ._checks import (
     check_attention,
@@ -30,6 +32,7 @@ def visual_mass(
     scale: float | None = None,
     key_start: Tensor | None = None,
     key_length: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     lse: Tensor | None = None,
 ) -> Tensor:
     """Attention probability on each visual token, summed over ranges of queries.
@@ -45,6 +48,8 @@ def visual_mass(
         scale: factor on the logits; default 1 / sqrt(D).
         key_start: int32 [B], first key of each row; default 0.
         key_length: int32 [B], keys in each row; default L_k.
+        cu_seqlens: [S + 1], of S packed sequences, as of `routed_attention`; `visual`, `rows` and
+            the result have one entry for each of them instead of for each row.
         lse: float32 [B, H_q, L_q], the log-sum-exp that `routed_attention` returned for the same
             inputs; computed when None.
 
@@ -57,6 +62,10 @@ def visual_mass(
         ValueError: if a shape, device, layout or index does not fit; the message names it.
         ExtensionError: if the C++ extension is missing.
     """
+    if cu_seqlens is not None:
+        limits = {"key_start": key_start, "key_length": key_length}
+        fields = {"scale": scale, "lse": lse, **limits}
+        return _packed.mass(visual_mass, query, key, visual, rows, cu_seqlens, **fields)
     check_attention(query, key, None)
     check_visual(visual, query)
     scale = check_scale(scale, query.shape[-1])
