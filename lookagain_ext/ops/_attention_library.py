@@ -31,15 +31,17 @@ def forward(
     scale: float,
     want_lse: bool = True,
     keep: bool = False,
+    bounds: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Out and, unless `want_lse` is False, the log-sum-exp; adds to `visual_mass`.
 
     With `keep` a backward follows, and calls of other layers with the very same index tensors.
+    `bounds` are those of packed sequences, on a GPU, where all of them are one call.
     """
     on_gpu = _cuda.on_gpu(query)
     if on_gpu and _cuda.are_many(query, key, block_table):
         fields = (key_start, key_length, spans, inv_freq, shift, start, selected)
-        out, lse = _cuda_training.forward(query, key, value, fields, scale, keep)
+        out, lse = _cuda_training.forward(query, key, value, fields, scale, keep, bounds)
         if visual_mass is not None:
             limits, visual = fields[:2], fields[2:]
             _cuda.add_mass(query, key, lse, visual_mass, mass_from, *limits, visual, None, scale)
@@ -97,14 +99,20 @@ def outputs(query: Tensor, want_lse: bool = True) -> tuple[Tensor, Tensor | None
 
 
 def backward(
-    grad_out: Tensor, out: Tensor, lse: Tensor, tensors: tuple[Tensor | None, ...], scale: float
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    scale: float,
+    bounds: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, the first three of `tensors`."""
     query, key, value, *rest = tensors
     if query.numel() == 0 or key.numel() == 0:  # no query sees a key
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     if _cuda.on_gpu(query):
-        return _cuda_training.backward(grad_out, *tensors[:3], out, lse, tensors[3:], scale)
+        heads, fields = tensors[:3], tensors[3:]
+        return _cuda_training.backward(grad_out, *heads, out, lse, fields, scale, bounds)
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))

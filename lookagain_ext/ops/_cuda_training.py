@@ -33,7 +33,13 @@ _layouts = LayoutCache()
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, fields: Fields, scale: float, keep: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    fields: Fields,
+    scale: float,
+    keep: bool = False,
+    bounds: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Out like query, in the layout of models, and float32 lse; the op's own contract.
 
@@ -44,8 +50,9 @@ def forward(
         fields: key_start, key_length, spans, inv_freq, shift, start, selected.
         scale: of the logits.
         keep: whether a backward and other layers with the very same fields will follow.
+        bounds: of packed sequences, see `read_layout`.
     """
-    layout = (_layouts.read if keep else read_layout)(query, key, fields)
+    layout = (_layouts.read if keep else read_layout)(query, key, fields, bounds)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if layout.plain is None:
         first, end = layout.keys
@@ -73,9 +80,10 @@ def backward(
     lse: Tensor,
     fields: Fields,
     scale: float,
+    bounds: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, shaped as they are."""
-    layout = _layouts.read(query, key, fields)
+    layout = _layouts.read(query, key, fields, bounds)
     grad_out, query, key, value, out = (
         x.transpose(1, 2) for x in (grad_out, query, key, value, out)
     )
@@ -85,7 +93,7 @@ def backward(
     if layout.again is not None:
         again = layout.again
         upstream, asking, result = (_queries(x, again) for x in (grad_out, query, out))
-        sums = torch.cat([lse[row, :, begin:] for row, begin in again.rows], 1)[None]
+        sums = torch.cat([lse[row, :, begin:end] for row, begin, end in again.rows], 1)[None]
         shares = library.backward(
             upstream,
             asking,
@@ -150,7 +158,7 @@ def turn(x: Tensor, again: Again, back: bool) -> Tensor:
 
 def _queries(x: Tensor, again: Again) -> Tensor:
     """What belongs to the queries that see a re-injection of x [B, L_q, H, D], B = 1."""
-    return _together([x[row, begin:] for row, begin in again.rows])[None]
+    return _together([x[row, begin:end] for row, begin, end in again.rows])[None]
 
 
 def _seen(key: Tensor, value: Tensor, again: Again) -> tuple[Tensor, Tensor]:
@@ -177,24 +185,23 @@ def _together(parts: list[Tensor]) -> Tensor:
 def _join(out: Tensor, lse: Tensor, part: Tensor, weight: Tensor, again: Again) -> None:
     """Joins the results [queries, H, D] and [H, queries] with `out` and `lse`, in place."""
     place = 0
-    for row, begin in again.rows:
-        before = lse[row, :, begin:]
+    for row, begin, end in again.rows:
+        before = lse[row, :, begin:end]
         mine = slice(place, place + before.shape[1])
         place = mine.stop
         total = torch.logaddexp(before, weight[:, mine])
         finite = total.masked_fill(total == -math.inf, 0.0)
         one, other = ((x - finite).exp_().mT[..., None] for x in (before, weight[:, mine]))
-        out[row, begin:] = (out[row, begin:] * one).addcmul_(part[mine], other)
-        lse[row, :, begin:] = total
+        out[row, begin:end] = (out[row, begin:end] * one).addcmul_(part[mine], other)
+        lse[row, :, begin:end] = total
 
 
 def _add_queries(grad: Tensor, shares: Tensor, again: Again) -> None:
     """Adds gradients of the queries that see a re-injection to those of all, in place."""
     place = 0
-    for row, begin in again.rows:
-        count = grad.shape[1] - begin
-        grad[row, begin:] += shares[place : place + count]
-        place += count
+    for row, begin, end in again.rows:
+        grad[row, begin:end] += shares[place : place + end - begin]
+        place += end - begin
 
 
 def _shown_share(shares: Tensor, again: Again) -> Tensor:

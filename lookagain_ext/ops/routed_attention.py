@@ -101,10 +101,9 @@ def routed_attention(
             F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     """
     if cu_seqlens is not None:
-        limits = {"key_start": key_start, "key_length": key_length, "block_table": block_table}
-        counted = {"visual_mass": visual_mass, "mass_from": mass_from}
-        fields = {"scale": scale, "return_lse": return_lse, **limits, **counted}
-        return _packed.attend(routed_attention, query, key, value, visual, cu_seqlens, **fields)
+        _packed.refuse_limits(key_start=key_start, key_length=key_length, block_table=block_table)
+        counted = (visual_mass, mass_from)
+        return _packed_attention(query, key, value, visual, cu_seqlens, *counted, scale, return_lse)
     arguments = (query, key, value, key_start, key_length, visual, visual_mass, mass_from)
     arguments = (*arguments, block_table, scale)
     if (
@@ -139,6 +138,54 @@ def routed_attention(
             _check(*arguments)
             raise
     return (out, lse.float()) if return_lse else out
+
+
+def _packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visual: VisualContext | None,
+    cu_seqlens: Tensor | Sequence[int],
+    visual_mass: Tensor | None,
+    mass_from: Tensor | None,
+    scale: float | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """All sequences in one call where the library takes them so, else one after the other."""
+    bounds = _packed.sequence_bounds(cu_seqlens, query, key, visual)
+    _packed.check_rows(len(bounds) - 1, visual_mass=visual_mass, mass_from=mass_from)
+    heads, rows = _packed.split(bounds, query, key, value), _packed.row
+    first = None if visual is None else visual.row(0)
+    _check(query, key, value, None, None, first, *(rows(x, 0) for x in (visual_mass, mass_from)),
+           None, scale)  # fmt: skip
+    together = has_kernels(query) and _cuda.on_gpu(query) and _cuda.are_many(query, key, None)
+    if not together or is_traced(query, key, value, visual_mass, *_fields(visual)):
+        each = [
+            routed_attention(
+                *one,
+                None if visual is None else visual.row(number),
+                scale=scale,
+                visual_mass=rows(visual_mass, number),
+                mass_from=rows(mass_from, number),
+                return_lse=True,
+            )
+            for number, one in enumerate(heads)
+        ]
+        out, lse = (torch.cat(parts, dim=2) for parts in zip(*each, strict=True))
+        return (out, lse) if return_lse else out
+    scale = check_scale(scale, query.shape[-1])
+    tensors = (query, key, value, None, None, *_fields(visual))
+    if _wants_grad(query, key, value):
+        out, lse = _RoutedAttention.apply(*tensors, scale, bounds)
+    else:
+        out, lse = forward(*tensors, None, None, None, scale, bounds=bounds)
+    if visual_mass is not None:
+        for number, one in enumerate(heads):
+            part = lse[..., bounds[number] : bounds[number + 1]].contiguous()
+            fields = _fields(visual.row(number))
+            counted = (rows(visual_mass, number), rows(mass_from, number))
+            _add_mass(*counted, part, *one, None, None, *fields, scale)
+    return (out, lse) if return_lse else out
 
 
 def _check(
@@ -222,7 +269,7 @@ def _eager(
         raise ValueError("block_table has no gradient")
     if visual_mass is not None and not checked:  # no kernel will check it
         _check(*tensors[:5], visual, visual_mass, mass_from, block_table, scale)
-    out, lse = _RoutedAttention.apply(*tensors, scale)
+    out, lse = _RoutedAttention.apply(*tensors, scale, None)
     if visual_mass is not None:
         _add_mass(visual_mass, mass_from, lse, *tensors, scale)
     return out, lse
@@ -281,10 +328,10 @@ def _add_mass(
 class _RoutedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - autograd's own
-        *tensors, scale = args
-        out, lse = forward(*tensors, None, None, None, scale, keep=True)
+        *tensors, scale, bounds = args
+        out, lse = forward(*tensors, None, None, None, scale, keep=True, bounds=bounds)
         ctx.save_for_backward(*tensors, out, lse)
-        ctx.scale = scale
+        ctx.scale, ctx.bounds = scale, bounds
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -293,6 +340,10 @@ class _RoutedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         *tensors, out, lse = ctx.saved_tensors
         if is_traced(grad_out):
+            if ctx.bounds is not None:
+                raise ValueError(
+                    "cu_seqlens has no backward that can be traced after an eager call"
+                )
             call = torch.ops.lookagain.routed_attention_backward
-            return (*call(grad_out, out, lse, *tensors, ctx.scale), *[None] * 8)
-        return (*backward(grad_out, out, lse, tuple(tensors), ctx.scale), *[None] * 8)
+            return (*call(grad_out, out, lse, *tensors, ctx.scale), *[None] * 9)
+        return (*backward(grad_out, out, lse, tuple(tensors), ctx.scale, ctx.bounds), *[None] * 9)

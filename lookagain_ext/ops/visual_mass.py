@@ -63,9 +63,15 @@ def visual_mass(
         ExtensionError: if the C++ extension is missing.
     """
     if cu_seqlens is not None:
-        limits = {"key_start": key_start, "key_length": key_length}
-        fields = {"scale": scale, "lse": lse, **limits}
-        return _packed.mass(visual_mass, query, key, visual, rows, cu_seqlens, **fields)
+        _packed.refuse_limits(key_start=key_start, key_length=key_length)
+        bounds = _packed.sequence_bounds(cu_seqlens, query, key, visual)
+        _packed.check_rows(len(bounds) - 1, rows=rows)
+        parts = []
+        for number, one in enumerate(_packed.split(bounds, query, key)):
+            part = None if lse is None else lse[..., bounds[number] : bounds[number + 1]]
+            mine = (visual.row(number), _packed.row(rows, number))
+            parts.append(visual_mass(*one, *mine, scale=scale, lse=part))
+        return _packed.together(parts)
     check_attention(query, key, None)
     check_visual(visual, query)
     scale = check_scale(scale, query.shape[-1])
