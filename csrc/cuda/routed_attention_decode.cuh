@@ -34,12 +34,12 @@
 #pragma once
 
 #include "decode_merge.cuh"
+#include "decode_queries.cuh"
 
 namespace lookagain {
 namespace cuda {
 
 constexpr int kBlockKeys = 16;  // rows of a tensor-core product
-constexpr int kChunk = 8;       // elements of a 16-byte access
 
 template <typename T, int kDim, int kColumns>  // kColumns blocks of 8 rows
 struct Decode {
@@ -156,80 +156,6 @@ struct Decode {
   LA_DEVICE bool has_block(int64_t key) const {
     return p.block_table == nullptr || key >= keys.end ||
            checked_place(p, batch_row, key).block >= 0;
-  }
-
-  // The block's queries to shared memory: as they are, then turned by -shift of each active
-  // re-injection. Features past D and rows past the last are zeros.
-  LA_DEVICE void load_queries() {
-    constexpr int kChunks = kDim / kChunk;
-    const int dim = static_cast<int>(p.head_dim);
-    for (int i = threadIdx.x; i < kRows * kChunks; i += blockDim.x) {
-      const int row = i / kChunks, feature = i % kChunks * kChunk;
-      const int number = row_block * kRows + row;
-      Chunk<T> chunk;
-      chunk.bits = uint4{0, 0, 0, 0};
-      if (number < a.rows && feature < dim) {
-        const T* from = head_row<T>(p.query, batch_row, key_head * a.group + number % a.group,
-                                    number / a.group);
-        if (a.whole_queries) {
-          chunk.bits = *reinterpret_cast<const uint4*>(from + feature);
-        } else {
-          for (int e = 0; e < kChunk; ++e) chunk.elements[e] = from[feature + e];
-        }
-      }
-      *reinterpret_cast<uint4*>(queries + row * kPitch + feature) = chunk.bits;
-    }
-    __syncthreads();
-    if (active == 0) return;
-    if (p.visual.half % 2 == 0) {
-      turn_queries<2>();
-    } else {
-      turn_queries<1>();
-    }
-    __syncthreads();
-  }
-
-  // Turned copies of the queries in shared memory. A thread takes so many features, and those that
-  // turn with them, of all rows.
-  template <int kWide>
-  LA_DEVICE void turn_queries() {
-    struct alignas(kWide * sizeof(T)) Part {
-      T elements[kWide];
-    };
-    const int half = static_cast<int>(p.visual.half);
-    const int sightings = static_cast<int>(p.visual.num_reinjections);
-    const int pairs = half / kWide, items = pairs + (kDim - 2 * half) / kWide;
-    for (int i = threadIdx.x; i < sightings * items; i += blockDim.x) {
-      const int item = i % items, r = i / items;
-      if ((active >> r & 1) == 0) continue;
-      const bool turns = item < pairs;
-      const int feature = turns ? item * kWide : 2 * half + (item - pairs) * kWide;
-      float2 turn[kWide];
-#pragma unroll
-      for (int e = 0; e < kWide; ++e) {
-        turn[e] = make_float2(1, 0);
-        if (turns) {
-          turn[e] =
-              turn_of(p.visual.shift[batch_row * sightings + r], p.visual.inv_freq[feature + e]);
-        }
-      }
-      const int partner = turns ? half : 0;
-#pragma unroll 4
-      for (int row = 0; row < kRows; ++row) {
-        const T* from = queries + row * kPitch + feature;
-        T* to = queries + ((1 + r) * kRows + row) * kPitch + feature;
-        Part first = *reinterpret_cast<const Part*>(from);
-        Part second = *reinterpret_cast<const Part*>(from + partner);
-#pragma unroll
-        for (int e = 0; e < kWide; ++e) {
-          const float x = to_float(first.elements[e]), y = to_float(second.elements[e]);
-          first.elements[e] = from_float<T>(x * turn[e].x + y * turn[e].y);
-          second.elements[e] = from_float<T>(y * turn[e].x - x * turn[e].y);
-        }
-        *reinterpret_cast<Part*>(to) = first;
-        if (turns) *reinterpret_cast<Part*>(to + half) = second;
-      }
-    }
   }
 
   // The keys of two steps of 16 features from step on, of block b of a tile.
@@ -491,7 +417,7 @@ struct Decode {
       copy_async_commit();
     }
     let_next_kernel_start();
-    load_queries();
+    load_queries<T, kDim, kRows>(a, batch_row, key_head, row_block, active, queries);
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
