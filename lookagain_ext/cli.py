@@ -226,11 +226,14 @@ def recipe(
     questions: Annotated[
         int | None, typer.Option(min=1, help="Held-out questions a model; default: the file's.")
     ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Stages at the same time; default: the file's, or 1.")
+    ] = None,
 ) -> None:
     """Run all stages of a method; interrupted, the same command goes on."""
     from .commands.recipe import run
 
-    run(name, config, out, questions)
+    run(name, config, out, questions, jobs)
 
 
 @train_app.command()

@@ -14,7 +14,9 @@ from .printing import plain
 RECIPES = ("qwen-la",)
 
 
-def run(name: str, config: str, out: Path | None, questions: int | None) -> None:
+def run(
+    name: str, config: str, out: Path | None, questions: int | None, jobs: int | None = None
+) -> None:
     """Run a recipe, or go on where it was interrupted.
 
     Raises:
@@ -25,7 +27,8 @@ def run(name: str, config: str, out: Path | None, questions: int | None) -> None
         raise UserError(f"there is no recipe {name!r}", f"Known are: {', '.join(RECIPES)}.")
     if out is not None:
         inputs.check_folder(out)
-    from ..training.recipe import RecipeConfig, run_recipe
+    from ..training.recipe import RecipeConfig
+    from ..training.recipe_run import run_recipe
     from ..training.run_config import read_yaml
 
     console = Console(highlight=False)
@@ -35,6 +38,8 @@ def run(name: str, config: str, out: Path | None, questions: int | None) -> None
         if questions is not None:
             given = read_yaml(config).get("evaluate") or {}
             replaced["evaluate"] = {**given, "questions": questions}
+        if jobs is not None:
+            replaced["jobs"] = jobs
         settings = RecipeConfig.load(config, **replaced)
         inputs.check_folder(Path(settings.output))
         done = run_recipe(settings, lambda line: console.print(plain(line), soft_wrap=True))

@@ -3,41 +3,20 @@
 Base model → cold start → BRPO → distillation → fine-tuning of the *base* model on what was
 distilled, with reflections that see nothing again (off), all visual tokens (COPY) or the most
 attended (ROUTE). Each stage is a command with a configuration file that anyone can run by hand;
-the recipe writes the files, runs the commands in turn, and keeps a journal of what is done.
-Interrupted, even by ``kill -9``, the same call goes on: finished stages are skipped, the one that
-was interrupted goes on by its own means.
+the recipe writes the files and runs the commands: see `lookagain_ext.training.recipe_run`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import functools
-import os
-import shlex
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from .checkpoint import write_atomically
-from .journal import Journal
 from .rewards import PRESETS
 from .run_config import read_yaml
 
-JOURNAL = "recipe.jsonl"
 STRATEGIES: tuple[str, ...] = ("off", "copy", "route")
-_QUIET = {  # bars for the loading of small files, and warnings for authors, hide what matters
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "PYTHONWARNINGS": "ignore::FutureWarning",
-}
 
 
 @dataclass(frozen=True)
@@ -63,6 +42,7 @@ class RecipeConfig:
         speed: whether to measure a training step that looks again beside others.
         launch: what starts a training command on several devices, as a list of words:
             `[accelerate, launch, --config_file, zero3.yaml]`.
+        jobs: how many commands may run at the same time; 1 where one takes up the devices.
 
     Raises:
         ValueError: if an entry is missing, unknown or wrong, by name.
@@ -80,6 +60,7 @@ class RecipeConfig:
     evaluate: dict[str, Any] | None = None
     speed: bool = False
     launch: tuple[str, ...] = field(default=())
+    jobs: int = 1
 
     def __post_init__(self) -> None:
         """Check what the stages themselves would not see, or only hours later."""
@@ -98,6 +79,8 @@ class RecipeConfig:
             raise ValueError("distill needs questions, such as scenes:1000:7")
         if self.evaluate is not None and "questions" not in self.evaluate:
             raise ValueError("evaluate needs questions, the number of held-out ones")
+        if type(self.jobs) is not int or self.jobs < 1:
+            raise ValueError(f"jobs must be a number from 1 on, got {self.jobs!r}")
 
     @classmethod
     def load(cls, path: str | Path, **replaced: Any) -> RecipeConfig:  # noqa: ANN401
@@ -126,58 +109,73 @@ class Step:
     Attributes:
         name: of the step, and of what it makes.
         command: its words; the first is "lookagain", or "python" for a module.
+        needs: names of the steps that must be done before it begins.
         settings: what its configuration file holds, or None.
         launched: whether it runs under `launch`.
+        alone: whether it measures speed, so that nothing may run beside it; it needs all others.
     """
 
     name: str
     command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
     settings: dict[str, Any] | None = None
     launched: bool = False
+    alone: bool = False
 
 
 def steps(config: RecipeConfig) -> list[Step]:
-    """All commands of a recipe, in order."""
+    """All commands of a recipe; each comes after those that it needs."""
     folder = Path(config.output)
     made: list[Step] = []
 
-    def train(kind: str, name: str, stage: dict[str, Any], **more: Any) -> str:  # noqa: ANN401
+    def train(
+        kind: str,
+        name: str,
+        stage: dict[str, Any],
+        needs: tuple[str, ...] = (),
+        **more: Any,  # noqa: ANN401
+    ) -> str:
         settings = {"output": str(folder / name), **stage, **more}
         file = str(folder / "configs" / f"{name}.yaml")
         command = ("lookagain", "train", kind, "--config", file)
         if kind == "coldstart":
-            made.append(Step(f"{name}-data", (*command, "--data-only"), settings))
-        made.append(Step(name, command, settings, launched="trainer" in settings))
+            made.append(Step(f"{name}-data", (*command, "--data-only"), needs, settings))
+            needs = (*needs, f"{name}-data")
+        made.append(Step(name, command, needs, settings, launched="trainer" in settings))
         return str(folder / name / "model")
 
     base = config.base.get("model")
+    after_base: tuple[str, ...] = ()
     if not isinstance(base, str):
-        base = train("sft", "base", {**config.base, "held_out": 0})
-    cold = train("coldstart", "coldstart", config.coldstart, model=base)
+        base, after_base = train("sft", "base", {**config.base, "held_out": 0}), ("base",)
+    cold = train("coldstart", "coldstart", config.coldstart, after_base, model=base)
     zero = {}
     for preset in config.presets:
-        rewards = {**config.brpo.get("rewards", {}), "preset": preset}
-        zero[preset] = train("brpo", f"brpo-{preset}", config.brpo, model=cold, rewards=rewards)
+        more = {"model": cold, "rewards": {**config.brpo.get("rewards", {}), "preset": preset}}
+        zero[preset] = train("brpo", f"brpo-{preset}", config.brpo, ("coldstart",), **more)
     options = {k: v for k, v in config.distill.items() if k != "questions"}
     options = {"model": zero[config.presets[0]], "strategy": _looks(config.brpo), **options}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     where = folder / "distill"
-    questions = str(config.distill["questions"])
-    made.append(Step("distill", ("lookagain", "distill", questions, *words, f"--out={where}")))
+    command = ("lookagain", "distill", str(config.distill["questions"]), *words, f"--out={where}")
+    made.append(Step("distill", command, (f"brpo-{config.presets[0]}",)))
     data = {"path": str(where / "kept-00000-of-00001.jsonl"), "reader": "llava-cot"}
     for strategy in config.strategies:
         looks = {"strategy": strategy, "route_ratio": config.route_ratio}
         trainer = {**config.sft.get("trainer", {}), "look_again": looks}
         more = {"model": base, "data": data, "trainer": trainer}
-        train("sft", f"sft-{strategy}", config.sft, **more)
-    made += _evaluations(config, base, zero)
+        train("sft", f"sft-{strategy}", config.sft, (*after_base, "distill"), **more)
+    made += _evaluations(config, base, zero, after_base)
     if config.speed:
         file = folder / "evaluation" / "speed.json"
-        made.append(Step("speed", ("lookagain", "bench", "--suite=training_step", f"--out={file}")))
+        command = ("lookagain", "bench", "--suite=training_step", f"--out={file}")
+        made.append(Step("speed", command, tuple(step.name for step in made), alone=True))
     return made
 
 
-def _evaluations(config: RecipeConfig, base: str, zero: dict[str, str]) -> list[Step]:
+def _evaluations(
+    config: RecipeConfig, base: str, zero: dict[str, str], after_base: tuple[str, ...]
+) -> list[Step]:
     """A grading of each model, of ROUTE at other shares, and of COPY that says nothing."""
     if config.evaluate is None:
         return []
@@ -189,21 +187,28 @@ def _evaluations(config: RecipeConfig, base: str, zero: dict[str, str]) -> list[
     for strategy in config.strategies:
         looks[f"sft-{strategy}"] = strategy
         models[f"sft-{strategy}"] = str(folder / f"sft-{strategy}" / "model")
-    made = [
-        _evaluation(config, name, models[name], looks[name], config.route_ratio) for name in models
-    ]
+
+    def grade(name: str, model: str, strategy: str, ratio: float, *more: str) -> Step:
+        needs = after_base if model == "base" else (model,)
+        return _evaluation(config, name, models[model], needs, strategy, ratio, *more)
+
+    made = [grade(name, name, looks[name], config.route_ratio) for name in models]
     if "copy" in config.strategies:
-        name, more = "vision-only", ("--empty-reflections",)
-        made.append(_evaluation(config, name, models["sft-copy"], "copy", 1.0, *more))
+        made.append(grade("vision-only", "sft-copy", "copy", 1.0, "--empty-reflections"))
     if "route" in config.strategies:
         for ratio in config.evaluate.get("ratios", ()):
-            name = f"route-{round(100 * ratio)}"
-            made.append(_evaluation(config, name, models["sft-route"], "route", ratio))
+            made.append(grade(f"route-{round(100 * ratio)}", "sft-route", "route", ratio))
     return made
 
 
 def _evaluation(
-    config: RecipeConfig, name: str, model: str, strategy: str, ratio: float, *more: str
+    config: RecipeConfig,
+    name: str,
+    model: str,
+    needs: tuple[str, ...],
+    strategy: str,
+    ratio: float,
+    *more: str,
 ) -> Step:
     options = {k: v for k, v in (config.evaluate or {}).items() if k != "ratios"}
     words = [f"--{option.replace('_', '-')}={value}" for option, value in options.items()]
@@ -212,66 +217,10 @@ def _evaluation(
     file = Path(config.output) / "evaluation" / f"{name}.json"
     module = ("python", "-m", "lookagain_ext.synthetic", model)
     chosen = (f"--strategy={strategy}", f"--ratio={ratio}")
-    return Step(f"evaluate-{name}", (*module, *chosen, *more, *words, f"--json={file}"))
+    command = (*module, *chosen, *more, *words, f"--json={file}")
+    return Step(f"evaluate-{name}", command, needs)
 
 
 def _looks(stage: dict[str, Any]) -> str:
     looks = stage.get("trainer", {}).get("look_again", "off")
     return looks["strategy"] if isinstance(looks, dict) else looks
-
-
-def run_recipe(config: RecipeConfig, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Run what is not done yet; the journal's entries come back, one a step.
-
-    Args:
-        config: the recipe.
-        say: told what begins, what is skipped and what it took.
-
-    Raises:
-        ValueError: the folder holds another recipe.
-        RuntimeError: a command failed; what is done stays done.
-    """
-    folder = Path(config.output)
-    (folder / "configs").mkdir(parents=True, exist_ok=True)
-    about = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "launch")}
-    with Journal(folder / JOURNAL, about) as journal:
-        planned = steps(config)
-        for number, step in enumerate(planned):
-            words = shlex.join(step.command)
-            head = f"[{number + 1}/{len(planned)}] {step.name}"
-            if number in journal.done:
-                say(f"{head}: done, {journal.done[number]['seconds']:.0f} s")
-                continue
-            say(f"{head}: {words}")
-            if step.settings is not None:
-                plain = yaml.safe_dump(step.settings, sort_keys=False)
-                write_atomically(
-                    folder / "configs" / f"{step.name.removesuffix('-data')}.yaml", plain
-                )
-            begun = time.perf_counter()
-            dies = functools.partial(_die_with_parent, os.getpid())
-            environment = {**_QUIET, **os.environ}
-            argv = _argv(step, config.launch)
-            code = subprocess.call(argv, preexec_fn=dies, env=environment)
-            if code:
-                raise RuntimeError(f"{step.name} failed with exit code {code}: {words}")
-            seconds = round(time.perf_counter() - begun, 1)
-            journal.add(
-                [{"number": number, "name": step.name, "command": words, "seconds": seconds}]
-            )
-        return [journal.done[number] for number in range(len(planned))]
-
-
-def _argv(step: Step, launch: tuple[str, ...]) -> list[str]:
-    """What is executed: this interpreter, or the launcher, with the step's words."""
-    words = list(step.command)
-    start = ["-m", "lookagain_ext.cli", *words[1:]] if words[0] == "lookagain" else words[1:]
-    return [*launch, *start] if launch and step.launched else [sys.executable, *start]
-
-
-def _die_with_parent(parent: int) -> None:
-    """Ask Linux to end a step when the recipe is killed: else two could run at once."""
-    parent_death_signal = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
-    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
-    if os.getppid() != parent:  # it was killed before this was asked
-        os.kill(os.getpid(), signal.SIGTERM)

@@ -66,11 +66,13 @@ def write_report(config: RecipeConfig, done: Sequence[dict[str, Any]]) -> Path:
 def _head(config: RecipeConfig, done: Sequence[dict[str, Any]]) -> str:
     where = machine()
     minutes = sum(entry["seconds"] for entry in done) / 60
+    beside = f" in sum, up to {config.jobs} at the same time" if config.jobs > 1 else ""
     seeds = [stage.get("trainer", {}).get("seed") for stage in (config.brpo, config.sft)]
     return (
         "# Qwen Look Again's recipe, from end to end\n\n"
-        f"{len(done)} commands, {minutes:.0f} minutes. {where['cpu']}, {where['cores']} cores; "
-        f"torch {where['torch']}, transformers {version('transformers')}, TRL {version('trl')}. "
+        f"{len(done)} commands, {minutes:.0f} minutes{beside}. "
+        f"{where['cpu']}, {where['cores']} cores; torch {where['torch']}, "
+        f"transformers {version('transformers')}, TRL {version('trl')}. "
         f"Seeds: base {config.base.get('seed', 0)}, BRPO {seeds[0]}, fine-tuning {seeds[1]}; one "
         "run of each stage, so what differs between two runs of a stage is not in the intervals."
     )
@@ -285,7 +287,8 @@ def _speed(folder: Path) -> str:
 
 
 def _commands(done: Sequence[dict[str, Any]]) -> str:
-    lines = ["## Commands", "", "The recipe ran these, in this order:", "", "```sh"]
+    lines = ["## Commands", "", "The recipe's commands; one after the other, this order does:", ""]
+    lines.append("```sh")
     lines += [f"{entry['command']}  # {entry['seconds']:.0f} s" for entry in done]
     return "\n".join([*lines, "```"])
 
