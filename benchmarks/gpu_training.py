@@ -195,12 +195,11 @@ def attention(setting: Setting, console: Console) -> Iterator[Row]:
             try:
                 if isinstance(peer, LeftOut):
                     raise peer
-                begin = time.perf_counter()
-                given = tensors if peer.same_work else plain
-                there, back = both_ways(setting, peer.call, given)
-                there(), back()
-                if name.startswith(FlexAttention.__name__):
-                    flex.spend(begin)
+                with flex.paying(name):
+                    there, back = both_ways(
+                        setting, peer.call, tensors if peer.same_work else plain
+                    )
+                    there(), back()
                 if peer.same_work:
                     agree(ours(visual), peer.call, tensors)
             except LeftOut as reason:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -153,9 +154,15 @@ class FlexAttention:
         compiled = torch.compile(attend, dynamic=False, backend=self.backend)
         return Peer(lambda query, key, value: compiled(query, key, value, mask), same_work=True)
 
-    def spend(self, begin: float) -> None:
-        """The first calls since `begin` (`time.perf_counter()`) count as compiling."""
-        self.seconds -= time.perf_counter() - begin
+    @contextmanager
+    def paying(self, name: str) -> Iterator[None]:
+        """First calls of the peer `name`: if it is this one, they count as compiling."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            if name.startswith(type(self).__name__):
+                self.seconds -= time.perf_counter() - begin
 
 
 def peers(
