@@ -13,7 +13,9 @@ from matplotlib import pyplot as plt  # noqa: E402 - after the choice of a backe
 
 def plot_kernels(result: dict[str, Any], path: Path) -> None:
     """Each row's ratio with its spread; green where a goal is met, red where it is missed."""
-    rows = [row for row in result["rows"] if row["against"] != "itself"]
+    rows = [
+        row for row in result["rows"] if row["against"] != "itself" and row["ratio"] is not None
+    ]
     figure, axes = plt.subplots(figsize=(11, 0.32 * len(rows) + 1.2), layout="constrained")
     colours = {True: "tab:green", False: "tab:red", None: "tab:grey"}
     for place, row in enumerate(rows):

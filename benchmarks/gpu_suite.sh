@@ -70,8 +70,8 @@ fi
 
 if part 6; then
   say "training"
-  try timeout 250 python3 -m benchmarks.gpu_training --out "$out/gpu_training.json" || failed=1
-  try timeout 250 python3 -m benchmarks.gpu_training_step --out "$out/gpu_training_step.json" ||
+  try timeout 300 python3 -m benchmarks.gpu_training --out "$out/gpu_training.json" || failed=1
+  try timeout 230 python3 -m benchmarks.gpu_training_step --out "$out/gpu_training_step.json" ||
     failed=1
 fi
 

@@ -1,8 +1,10 @@
 """Attention of a training step on a GPU: forward, backward and visual mass, with re-injections.
 
 `python -m benchmarks.gpu_training --out FILE` measures; `--device cpu --small` only shows that
-every row runs. Baselines are torch's SDPA kernels on the *same FLOP*: plain causal attention over a
-sequence so long that it has as many (query, key) pairs as ours with its re-injections.
+every row runs. Baselines are torch's SDPA kernels and flash-attn on the *same FLOP*: plain causal
+attention over a sequence so long that it has as many (query, key) pairs as ours with its
+re-injections; and FlexAttention, which can be told to compute the very same. What is not there or
+fails is named in its row.
 
 The optimiser step of a whole model: `benchmarks/gpu_training_step.py`.
 """
@@ -18,7 +20,6 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from torch import Tensor
@@ -31,6 +32,7 @@ from lookagain_ext.bench.problems import MODELS, ModelShape
 from .gpu_kernels import row, same
 from .gpu_plots import plot_kernels
 from .gpu_timing import compare, describe
+from .gpu_training_peers import Attention, FlexAttention, LeftOut, Peer, first_line, peers, sdpa
 
 BFLOAT16 = torch.bfloat16
 FLOP_OF_PAIR = {"forward": 4, "backward": 10}  # times D, for a query head, query and key
@@ -45,6 +47,7 @@ class Shape:
     again: int = 0
     tokens: int = 1024
     batch: int = 1
+    flex: bool = True  # it compiles for each shape, so not all of them
 
     @property
     def starts(self) -> list[int]:
@@ -71,12 +74,12 @@ class Shape:
 
 
 SHAPES = (
-    Shape(2048),
+    Shape(2048, flex=False),
     Shape(8192),
     Shape(32768),
     Shape(4096, 1, 1024),
     Shape(8192, 2, 1024),
-    Shape(8192, 4, 256),
+    Shape(8192, 4, 256, flex=False),
     Shape(8192, 8, 1024),
     Shape(16384, 4, 2048),
     Shape(32768, 2, 1024),
@@ -87,9 +90,12 @@ SMALL = (Shape(192), Shape(192, 2, 32))
 class Setting:
     """Device, shapes and patience of a run."""
 
-    def __init__(self, device: str, small: bool, seconds: float) -> None:
+    def __init__(
+        self, device: str, small: bool, seconds: float, compile_seconds: float = 110.0
+    ) -> None:
         self.device = torch.device(device)
         self.seconds = seconds
+        self.compile_seconds = compile_seconds
         self.model = ModelShape(4, 2, 64) if small else MODELS["qwen2.5-vl-7b"]
         self.shapes = SMALL if small else SHAPES
         self.growth = (64, 128) if small else (8192, 32768)
@@ -156,30 +162,6 @@ class Setting:
         return torch.cuda.max_memory_allocated() - before
 
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def sdpa(setting: Setting) -> dict[str, Attention]:
-    """torch's SDPA with the backends that are to be compared with."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def with_backend(backend: SDPBackend) -> Attention:
-        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(
-                    query, key, value, is_causal=True, enable_gqa=True
-                )
-
-        return call
-
-    if not setting.on_gpu:
-        return {"SDPA math": with_backend(SDPBackend.MATH)}
-    return {
-        "SDPA flash": with_backend(SDPBackend.FLASH_ATTENTION),
-        "SDPA cuDNN": with_backend(SDPBackend.CUDNN_ATTENTION),
-    }
-
-
 def ours(visual: VisualContext | None) -> Attention:
     """routed_attention with these re-injections."""
     return lambda query, key, value: ops.routed_attention(query, key, value, visual)
@@ -199,67 +181,83 @@ def both_ways(
 
 
 def attention(setting: Setting, console: Console) -> Iterator[Row]:
-    """Forward and backward against SDPA on the same FLOP; plain ones checked against it."""
+    """Forward and backward beside every peer; ours is checked first."""
+    del console
+    flex = FlexAttention(setting.compile_seconds, setting.on_gpu)
     for shape in setting.shapes:
         tensors, visual = setting.tensors(shape.length), setting.visual(shape)
         plain = setting.tensors(shape.same_flop)
-        peers = sdpa(setting)
-        check(setting, shape, tensors, visual, next(iter(peers.values())))
-        ways = {"forward": {}, "backward": {}}
-        for name, (call, given) in {
-            "ours": (ours(visual), tensors),
-            **{name: (call, plain) for name, call in peers.items()},
-        }.items():
+        check(setting, shape, tensors, visual)
+        there, back = both_ways(setting, ours(visual), tensors)
+        ways = {"forward": {"ours": there}, "backward": {"ours": back}}
+        measured, missing = {}, {}
+        for name, peer in peers(setting, shape, visual, flex).items():
             try:
-                there, back = both_ways(setting, call, given)
-                there(), back()
-            except RuntimeError as error:
-                console.print(f"{name} left out: {str(error)[:150]}", highlight=False)
+                if isinstance(peer, LeftOut):
+                    raise peer
+                with flex.paying(name):
+                    there, back = both_ways(
+                        setting, peer.call, tensors if peer.same_work else plain
+                    )
+                    there(), back()
+                if peer.same_work:
+                    agree(ours(visual), peer.call, tensors)
+            except LeftOut as reason:
+                missing[name] = str(reason)
                 continue
+            except Exception as error:  # noqa: BLE001 - whatever it is, its row tells
+                missing[name] = first_line(error)
+                continue
+            measured[name] = peer
             ways["forward"][name], ways["backward"][name] = there, back
         for way, calls in ways.items():
             comparison = compare(calls, setting.seconds)
-            yield from against_peers(setting, f"{way} {shape}", shape, way, comparison)
-        del ways, tensors, plain
+            yield from against_peers(setting, shape, way, comparison, measured)
+            for name, why in missing.items():
+                yield Row.left_out(f"{way} {shape}", name, why)
+        del ways, measured, tensors, plain
 
 
 def against_peers(
-    setting: Setting, name: str, shape: Shape, way: str, comparison: Comparison
+    setting: Setting, shape: Shape, way: str, comparison: Comparison, measured: dict[str, Peer]
 ) -> Iterator[Row]:
-    """One row for each baseline, its and our rate beside."""
+    """One row for each baseline, its and our rate beside; the goal is torch's fastest SDPA."""
     model = setting.model
     flop = FLOP_OF_PAIR[way] * model.head_dim * model.query_heads * shape.batch
     mine = flop * shape.pairs / comparison.timing("ours").p50 / 1e12
-    peers = [peer for peer in comparison.seconds if peer != "ours"]
-    fastest = comparison.fastest(*peers)
-    for peer in peers:
-        length = shape.same_flop
-        theirs = flop * length * (length + 1) / 2 / comparison.timing(peer).p50 / 1e12
+    baselines = [name for name in measured if name.startswith("SDPA")]
+    fastest = comparison.fastest(*baselines) if baselines else None
+    for name, peer in measured.items():
+        length = shape.length if peer.same_work else shape.same_flop
+        pairs = shape.pairs if peer.same_work else length * (length + 1) / 2
+        theirs = flop * pairs / comparison.timing(name).p50 / 1e12
         note = f"{mine:.0f} beside {theirs:.0f} TFLOP/s"
-        against = f"{peer}, L={length}"
-        goal = AT_LEAST if peer == fastest else None
-        yield row(name, against, comparison, "ours", peer, goal, note)
+        goal = AT_LEAST if name == fastest else None
+        against = f"{name}, L={length}"
+        yield row(f"{way} {shape}", against, comparison, "ours", name, goal, note)
+
+
+def agree(first: Attention, second: Attention, tensors: tuple[Tensor, ...]) -> None:
+    """Raises AssertionError unless results and gradients are the same."""
+    *inputs, upstream = tensors
+    results = []
+    for call in (first, second):
+        out = call(*inputs)
+        results.append((out, *torch.autograd.grad(out, inputs, upstream)))
+    for found, expected in zip(*results, strict=True):
+        same(found, expected)
 
 
 def check(
-    setting: Setting,
-    shape: Shape,
-    tensors: tuple[Tensor, ...],
-    visual: VisualContext | None,
-    peer: Attention,
+    setting: Setting, shape: Shape, tensors: tuple[Tensor, ...], visual: VisualContext | None
 ) -> None:
     """A benchmark of a wrong result is worthless: without re-injections against SDPA, with them
     against the reference where that fits (one key head, the last queries).
     """
-    query, key, value, upstream = tensors
     if visual is None:
-        results = []
-        for call in (ours(None), peer):
-            out = call(query, key, value)
-            results.append((out, *torch.autograd.grad(out, (query, key, value), upstream)))
-        for found, expected in zip(*results, strict=True):
-            same(found, expected)
+        agree(ours(None), next(iter(sdpa(setting.on_gpu).values())), tensors)
         return
+    query, key, value, _ = tensors
     group = setting.model.query_heads // setting.model.key_heads
     last = min(32, shape.length)
     with torch.no_grad():
@@ -358,19 +356,23 @@ def main(
     small: Annotated[bool, typer.Option(help="Tiny shapes: does every row run?")] = False,
     seconds: Annotated[float, typer.Option(help="For each comparison.")] = 0.6,
     suite: Annotated[list[str] | None, typer.Option(help="Names of suites; all if none.")] = None,
+    compile_seconds: Annotated[
+        float, typer.Option(help="For FlexAttention's first calls, all shapes together.")
+    ] = 110.0,
 ) -> None:
     """Measure every row and print the table."""
     console = Console(width=170)
-    setting = Setting(device, small, seconds)
+    setting = Setting(device, small, seconds, compile_seconds)
     where = describe(setting.device)
     rows = []
     for name in suite or SUITES:
         for entry in SUITES[name](setting, console):
             rows.append(entry)
+            measured = ""
+            if entry.ratio is not None:
+                measured = f"{entry.ratio:.3g} | {entry.milliseconds:.3f} ms | "
             console.print(
-                f"{entry.name} | {entry.against} | {entry.ratio:.3g} | {entry.milliseconds:.3f} ms "
-                f"| {entry.note}",
-                highlight=False,
+                f"{entry.name} | {entry.against} | {measured}{entry.note}", highlight=False
             )
             if out is not None:  # kept row by row: a run that is cut off keeps what it found
                 out.parent.mkdir(parents=True, exist_ok=True)

@@ -88,6 +88,8 @@ def lookagain_attention(
         query, key, value = (_one_row(states) for states in (query, key, value))
     if layer_routing is not None:
         visual_context = route_layer(query, key, visual_context, layer_routing, keywords)
+    if mass_probe is not None and mass_probe.ends_at(module):
+        mass_probe.fill(query, key, visual_context, **keywords)
     mass = visual_mass
     if mass is not None and not (isinstance(mass, Tensor) and mass.dim() == 3):
         mass = mass[module.layer_idx]

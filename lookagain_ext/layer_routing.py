@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks as _everywhere
 
 from . import ops
 from .visual import VisualContext
@@ -19,10 +20,51 @@ class MassProbe:
     Attributes:
         rows: int32 [B, T, 2], half-open ranges of key indices of queries.
         total: float32 [B, T, L_c], added to in place by every layer: the sum over its heads.
+        last: the attention module after which nothing is left to collect and the forward is to
+            end, by `ProbeFilled`; None lets it run to its end.
     """
 
     rows: Tensor
     total: Tensor
+    last: nn.Module | None = None
+
+    def ends_at(self, attention: nn.Module) -> bool:
+        """Whether the forward is to end here. Never under torch.compile, which cannot raise."""
+        return attention is self.last and not torch.compiler.is_compiling()
+
+    def fill(self, query: Tensor, key: Tensor, context: VisualContext, **keywords: Any) -> NoReturn:  # noqa: ANN401
+        """Add the last layer's mass, for which it needs no values, and end the forward.
+
+        Raises:
+            ProbeFilled: always.
+        """
+        self.total += ops.visual_mass(query, key, context, self.rows, **keywords).sum(2)
+        raise ProbeFilled
+
+
+class ProbeFilled(Exception):  # noqa: N818 - nothing went wrong
+    """Ends a forward whose output nobody wants, from within its last layer's attention."""
+
+
+def last_attention(decoder: nn.Module) -> nn.Module | None:
+    """The attention module in which a forward of the decoder may end early.
+
+    None where it must not, since something waits for a module to return: hooks of accelerate, which
+    then move its parameters away, or a user's own. Sharded parameters are the caller's to ask for.
+    """
+    layer = decoder.layers[-1]
+    attention = layer.self_attn
+    if sum(each is layer for each in decoder.layers) > 1:
+        return None
+    path = next(name for name, each in decoder.named_modules() if each is attention).split(".")
+    entered = [decoder.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
+    ours = __name__.partition(".")[0] + "."
+    for module in entered:
+        hooks = [*module._forward_hooks.values(), *_everywhere.values()]
+        foreign = any(not getattr(hook, "__module__", "").startswith(ours) for hook in hooks)
+        if foreign or hasattr(module, "_hf_hook"):
+            return None
+    return attention
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ def is_sharded(decoder: nn.Module) -> bool:
     A forward that only some of the processes run then leaves the others waiting for ever.
     """
     kinds = ("DTensor", "FlatParameter")
+    # FSDP with use_orig_params shows plain parameters and marks the modules.
+    if any(getattr(module, "_is_fsdp_managed_module", False) for module in decoder.modules()):
+        return True
     return any(hasattr(p, "ds_id") or type(p).__name__ in kinds for p in decoder.parameters())
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import LookAgainConfig
-from .layer_routing import LayerRouting, MassProbe, select_after
+from .layer_routing import LayerRouting, MassProbe, ProbeFilled, last_attention, select_after
 from .models import Family
 from .packing import Packing
 from .reencode import Expansion, is_sharded
@@ -146,10 +147,12 @@ class SequenceForward:
         self.selected = torch.zeros(shape, dtype=torch.bool, device=sequence.index.device)
         self.mass = torch.zeros(shape, device=sequence.index.device)
         share = self.family.num_layers * self.family.num_attention_heads
+        decoder = self.family.decoder
+        last = None if is_sharded(decoder) else last_attention(decoder)
         for number in range(columns):
             rows = sequence.rows[:, number]
             count = (rows[:, 1] - rows[:, 0]).clamp(min=1)
-            total = self._pass(keywords, number, int(rows[:, 1].max()))
+            total = self._pass(keywords, number, int(rows[:, 1].max()), last)
             self.mass[:, number] = total / (share * count[:, None])
             self.selected[:, number] = select_after(
                 total, self.config.route_ratio, sequence.layout.num_visual, rows[:, 1] > rows[:, 0]
@@ -159,9 +162,12 @@ class SequenceForward:
 
     def _decode(self, kept: dict[str, Any], **extra: Any) -> None:  # noqa: ANN401 - as the decoder
         given = {**kept, "input_ids": None, "use_cache": False, **self._bounds(), **extra}
-        self.family.decoder(**given)
+        with suppress(ProbeFilled):
+            self.family.decoder(**given)
 
-    def _pass(self, keywords: dict[str, Any], number: int, end: int) -> Tensor:
+    def _pass(
+        self, keywords: dict[str, Any], number: int, end: int, last: nn.Module | None
+    ) -> Tensor:
         """float32 [B, L_c]: visual mass of the tokens before re-injection `number`."""
         sequence, inv_freq = self.sequence, self.family.inv_freq()
         kept = _kept(keywords)
@@ -180,7 +186,8 @@ class SequenceForward:
                 kept = _shortened(kept, end)
         width = self.mass.shape[-1] if fold is None else fold.shape[-1]
         total = self.mass.new_zeros(*rows.shape[:2], width)
-        self._decode(kept, visual_context=context, mass_probe=MassProbe(rows, total), **extra)
+        probe = MassProbe(rows, total, last)
+        self._decode(kept, visual_context=context, mass_probe=probe, **extra)
         total = total.sum(1)
         return (
             total if fold is None else torch.zeros_like(self.mass[:, 0]).scatter_add(1, fold, total)

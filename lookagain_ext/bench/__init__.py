@@ -86,10 +86,11 @@ def table(rows: list[Row]) -> Table:
         result.add_column(column, justify="right" if column in ("ratio", "ms") else "left")
     for row in rows:
         met = {True: "yes", False: "[bold]no[/bold]", None: ""}[row.met]
-        ratio = f"{row.ratio:.3g} ({row.p20:.3g}-{row.p80:.3g})"
-        result.add_row(
-            row.name, row.against, ratio, f"{row.milliseconds:.3g}", row.goal, met, row.note
-        )
+        ratio = time = ""
+        if row.ratio is not None:
+            ratio = f"{row.ratio:.3g} ({row.p20:.3g}-{row.p80:.3g})"
+            time = f"{row.milliseconds:.3g}"
+        result.add_row(row.name, row.against, ratio, time, row.goal, met, row.note)
     return result
 
 

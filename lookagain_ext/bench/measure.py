@@ -89,13 +89,18 @@ class Row:
 
     name: str
     against: str
-    ratio: float  # of times, ours / baseline
-    p20: float
-    p80: float
-    milliseconds: float
+    ratio: float | None  # of times, ours / baseline; None: not measured, the note says why
+    p20: float | None
+    p80: float | None
+    milliseconds: float | None
     goal: str
     met: bool | None  # None: no goal
     note: str = ""
+
+    @classmethod
+    def left_out(cls, name: str, against: str, why: str) -> Row:
+        """A comparison that could not be made."""
+        return cls(name, against, None, None, None, None, "", None, f"not measured: {why}")
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
