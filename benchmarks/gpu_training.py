@@ -11,11 +11,12 @@ The optimiser step of a whole model: `benchmarks/gpu_training_step.py`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -347,7 +348,72 @@ def new_lengths(setting: Setting, console: Console) -> Iterator[Row]:
     yield Row("first call at a length", "the second", *spread, max(first) * 1e3, "", None)
 
 
-SUITES = {"attention": attention, "mass": mass, "memory": memory, "new_lengths": new_lengths}
+def packing(setting: Setting, console: Console) -> Iterator[Row]:
+    """Uneven sequences packed into one row, 2 x COPY in each, beside a padded batch and one by one.
+
+    All three do the same arithmetic but for what a library spends on padding.
+    """
+    del console
+    unit, tokens = (1024, 512) if setting.on_gpu else (32, 8)
+    shapes = [Shape(unit * n // 2, 2, tokens) for n in (16, 9, 6, 5, 4, 3, 2, 2)]
+    lengths = [shape.length for shape in shapes]
+    bounds = [0, *itertools.accumulate(lengths)]
+    contexts = [setting.visual(shape) for shape in shapes]
+    fields = ("spans", "shift", "start")
+    rows = {name: torch.cat([getattr(each, name) for each in contexts]) for name in fields}
+    visual = replace(contexts[0], **rows)
+    *packed, upstream = setting.tensors(bounds[-1])
+    *padded, padded_upstream = setting.tensors(lengths[0], len(lengths))
+    left = torch.tensor([lengths[0] - n for n in lengths], dtype=torch.int32)
+    left = left.to(setting.device)
+    moved = replace(
+        visual,
+        spans=torch.stack([visual.spans[..., 0] + left[:, None], visual.spans[..., 1]], -1),
+        start=visual.start + left[:, None],
+    )
+    parts = list(itertools.pairwise(bounds))
+    with torch.no_grad():
+        for number, (begin, end) in enumerate(parts):
+            for whole, one in zip(padded, packed, strict=True):
+                whole[number, :, lengths[0] - (end - begin) :] = one[0, :, begin:end]
+
+    def together(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return ops.routed_attention(query, key, value, visual, cu_seqlens=bounds)
+
+    def one_by_one(*heads: Tensor) -> Tensor:
+        each = zip(*(x.split(lengths, 2) for x in heads), contexts, strict=True)
+        return torch.cat([ops.routed_attention(*one) for one in each], 2)
+
+    def batch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return ops.routed_attention(query, key, value, moved, key_start=left)
+
+    agree(together, one_by_one, (*packed, upstream))
+    with torch.no_grad():
+        found = batch(*padded)
+        for number, (begin, end) in enumerate(parts):
+            same(found[number, :, lengths[0] - (end - begin) :], together(*packed)[0, :, begin:end])
+    ours_there, ours_back = both_ways(setting, together, (*packed, upstream))
+    others = {
+        "a padded batch": both_ways(setting, batch, (*padded, padded_upstream)),
+        "a call for each sequence": both_ways(setting, one_by_one, (*packed, upstream)),
+    }
+    for number, way in enumerate(("forward", "backward")):
+        calls = {"ours": (ours_there, ours_back)[number]}
+        comparison = compare(
+            calls | {n: both[number] for n, both in others.items()}, setting.seconds
+        )
+        for name in others:
+            title = f"{way}, {len(lengths)} packed sequences of {lengths[-1]} to {lengths[0]}"
+            yield row(title, name, comparison, "ours", name, None, "2 x COPY in each")
+
+
+SUITES = {
+    "attention": attention,
+    "mass": mass,
+    "packing": packing,
+    "memory": memory,
+    "new_lengths": new_lengths,
+}
 
 
 def main(
