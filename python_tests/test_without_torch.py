@@ -76,8 +76,9 @@ def test_decode_with_a_reinjection(extension, kind):
         np.testing.assert_allclose(out[0, head, 0], expected, rtol=tolerance, atol=tolerance)
 
 
-def test_the_extension_loads_without_torch():
+def test_the_extension_loads_without_torch(tmp_path):
     code = "import sys; sys.modules['torch'] = None; import lookagain_ext, lookagain_ext._C as c; "
     code += "print(c.build_info()['version'] == lookagain_ext.__version__)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # Not from here, where the source tree, without the extension, would be found first.
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.stdout == "True\n", run.stderr
