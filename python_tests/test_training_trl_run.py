@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_training import ANSWER, saved_model
 
+import lookagain_ext
 from lookagain_ext.models.loading import load
 from lookagain_ext.synthetic.scenes import Scene
 from lookagain_ext.training.checkpoint import METRICS, read_metrics
@@ -159,7 +160,8 @@ def test_two_processes_of_which_one_reflects(way, tmp_path):
         "reward = lambda completion_ids, **_: [float(sum(i) % 97) for i in completion_ids]\n"
         "trl_run.run('brpo', sys.argv[1], look_again=sys.argv[2], rewards=[reward])\n"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    settings = Path(lookagain_ext.__file__).parent / "configs/accelerate/cpu-2.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={settings}"]
     command = [*launch, str(script), str(tmp_path / "run.yaml"), way]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
