@@ -1,5 +1,6 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and how these are spread over the cores."""
 
+import os
 import threading
 from collections.abc import Iterator
 
@@ -9,6 +10,27 @@ import torch
 from fake_endpoint import Endpoint
 
 from lookagain_ext._native import native
+
+
+MOST_WORKERS = 8  # each holds torch and small models: up to 1 GB
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """With pytest-xdist, a process for each core, unless -n says otherwise or one is debugged.
+
+    It is not in addopts, where it would be an error without pytest-xdist, and would also hold for
+    benchmarks, which are to be measured in one process.
+    """
+    option = config.option
+    cores = len(os.sched_getaffinity(0))
+    watched = option.usepdb or option.capture == "no"
+    if getattr(option, "numprocesses", 0) is None and cores > 1 and not watched:
+        option.numprocesses = min(cores, MOST_WORKERS)
+        if option.dist == "no":  # neighbours share models; who has no test left takes some
+            option.dist = "worksteal"
+    if getattr(option, "numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the workers: no fight for the cores
 
 
 @pytest.fixture(params=["cpu", "emulated", "cuda"])
@@ -41,12 +63,17 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def one_thread():
-    """Tiny models run fifty times faster when their layers are not spread over threads."""
+def set_threads():
+    """torch.set_num_threads; the number of before is set again at the end."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+    yield torch.set_num_threads
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(set_threads):
+    """Tiny models run fifty times faster when their layers are not spread over threads."""
+    set_threads(1)
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -135,19 +136,29 @@ class AppendParams(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The kernels compiled for the host, once for all tests of a run."""
+    """The kernels compiled for the host: by one process for all, and again when they change."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
-    folder = Path(tempfile.mkdtemp(prefix="lookagain_emulated"))
-    built = folder / "emulated.so"
     flags = os.environ.get("LOOKAGAIN_EMULATOR_FLAGS", "-O2").split()
-    source = ROOT / "python_tests" / "emulator"
-    command = [COMPILER, "-std=c++17", *flags, "-shared", "-fPIC", "-I", str(ROOT / "csrc")]
-    command += ["-I", str(source), "-o", str(built), str(source / "emulated.cpp")]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
-    loaded = ctypes.CDLL(str(built))
-    shutil.rmtree(folder)
+    folder, source = ROOT / "csrc", ROOT / "python_tests" / "emulator"
+    command = [COMPILER, "-std=c++17", *flags, "-shared", "-fPIC", "-I", str(folder)]
+    command += ["-I", str(source), str(source / "emulated.cpp"), "-o"]
+    made_of = hashlib.sha256(repr(command).encode())
+    for file in sorted([*folder.rglob("*.*"), *source.iterdir()]):
+        made_of.update(file.read_bytes())
+    build = ROOT / "build"
+    build.mkdir(exist_ok=True)
+    built = build / f"emulated-{made_of.hexdigest()[:16]}.so"
+    with open(build / "emulated.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            part = built.with_suffix(".part")
+            run = subprocess.run([*command, str(part)], capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr[-4000:]
+            for old in build.glob("emulated-*.so"):
+                old.unlink()
+            part.rename(built)
+        loaded = ctypes.CDLL(str(built))
     sizes = (AttentionParams, VisualParams, SelectParams, AppendParams, MassParams)
     found = (ctypes.c_int64 * len(sizes))()
     loaded.emulated_sizes(found)

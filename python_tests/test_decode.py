@@ -88,6 +88,7 @@ def test_calls_from_several_threads() -> None:
     wrong: list[str] = []
 
     def repeat() -> None:
+        torch.set_num_threads(2)  # holds for this thread, and ends with it
         for _ in range(20):
             mass = torch.zeros_like(expected[2])
             out = ops.routed_attention(*tensors, context, visual_mass=mass)

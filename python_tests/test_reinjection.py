@@ -70,6 +70,22 @@ def test_whole_cache(
                 )
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_do_not_change_a_bit(threads: int, set_threads) -> None:
+    """Five threads for the six key heads of three rows."""
+    written = []
+    for number in (1, threads):
+        problem, *cache = caches(Case(batch=3, keys=60, spans=3, again=1), 45, torch.device("cpu"))
+        visual, length = problem.visual, problem.key_length.clone()
+        set_threads(number)
+        shift = visual.shift[:, 0].contiguous()
+        ops.append_visual_(*cache, length, visual.spans, shift, visual.inv_freq)
+        written.append([*cache, length])
+    assert not torch.equal(length, problem.key_length)
+    for alone, several in zip(*written, strict=True):
+        torch.testing.assert_close(several, alone, rtol=0, atol=0, equal_nan=True)
+
+
 def test_repeated_appends_do_not_drift(device: torch.device) -> None:
     """The tenth append turns from the original as exactly as the first."""
     case = Case(batch=1, keys=20, size=64, spans=1, ragged=False)

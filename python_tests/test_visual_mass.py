@@ -73,6 +73,16 @@ def test_repeats_are_bit_identical(device: torch.device) -> None:
         assert torch.equal(first, ops.visual_mass(*arguments, **problem.kwargs()))
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_do_not_change_a_bit(threads: int, set_threads) -> None:
+    problem = PREFILL[2].make()
+    arguments = (problem.query, problem.key, problem.visual, ranges(problem))
+    set_threads(1)
+    alone = ops.visual_mass(*arguments, **problem.kwargs())
+    set_threads(threads)
+    assert torch.equal(ops.visual_mass(*arguments, **problem.kwargs()), alone)
+
+
 def test_specification_agrees() -> None:
     problem = PREFILL[3].but(dtype=torch.float64).make()
     arguments = (problem.query, problem.key, problem.visual, ranges(problem))
