@@ -11,6 +11,8 @@ from lookagain_ext import VisualContext, ops, reference
 
 DEVICE = "cuda"
 BATCH, HEADS, KEYS, TOKENS = 2, 2, 300, 90
+QUERIES = 150  # of visual_mass
+MANY_ROWS = 64  # of a batch that fills the device without cutting the key axis
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,7 @@ def paged_table(batch: int, size: int) -> Tensor:
 
 def mass(dtype: torch.dtype, size: int, groups: int = 7, aligned: bool = True) -> None:
     """visual_mass of two ranges of many queries, a selection, ragged rows."""
-    queries = 150
-    query = torch.randn(BATCH, HEADS * groups, queries, size, device=DEVICE, dtype=dtype)
+    query = torch.randn(BATCH, HEADS * groups, QUERIES, size, device=DEVICE, dtype=dtype)
     key = torch.randn(BATCH, HEADS, KEYS, size, device=DEVICE, dtype=dtype)
     if not aligned:
         query = torch.nn.functional.pad(query, (3, 2))[..., 3:-2]
@@ -125,7 +126,7 @@ def main() -> None:
         Attention(dtype, aligned=False).check()
         Attention(dtype, paged=16).check()
         Attention(dtype, paged=5, mass=False).check()
-        Attention(dtype, batch=64, mass=False).check()
+        Attention(dtype, batch=MANY_ROWS, mass=False).check()
         Attention(dtype, paged=16, groups=1, queries=40).check()
         for size in (64, 80, 128, 256):
             mass(dtype, size)

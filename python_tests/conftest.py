@@ -7,30 +7,16 @@ from collections.abc import Iterator
 import emulated
 import pytest
 import torch
+import workers
 from fake_endpoint import Endpoint
 
 from lookagain_ext._native import native
 
 
-MOST_WORKERS = 8  # each holds torch and small models: up to 1 GB
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """With pytest-xdist, a process for each core, unless -n says otherwise or one is debugged.
-
-    It is not in addopts, where it would be an error without pytest-xdist, and would also hold for
-    benchmarks, which are to be measured in one process.
-    """
-    option = config.option
-    cores = len(os.sched_getaffinity(0))
-    watched = option.usepdb or option.capture == "no"
-    if getattr(option, "numprocesses", 0) is None and cores > 1 and not watched:
-        option.numprocesses = min(cores, MOST_WORKERS)
-        if option.dist == "no":  # neighbours share models; who has no test left takes some
-            option.dist = "worksteal"
-    if getattr(option, "numprocesses", None):
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the workers: no fight for the cores
+    """See `workers`; xdist reads these options after this."""
+    workers.spread(config.option, os.environ, len(os.sched_getaffinity(0)))
 
 
 @pytest.fixture(params=["cpu", "emulated", "cuda"])
