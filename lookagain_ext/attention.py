@@ -37,7 +37,7 @@ def lookagain_attention(
     key_length: Tensor | None = None,
     visual_mass: Sequence[Tensor] | Tensor | None = None,
     mass_probe: MassProbe | None = None,
-    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_q: Tensor | Sequence[int] | None = None,
     **_: Any,  # noqa: ANN401 - every model passes keywords of its own
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls under the name "lookagain".
@@ -62,9 +62,9 @@ def lookagain_attention(
         key_length: int32 [B], keys of each row; default L_k.
         visual_mass: float32 [B, H_kv, L_c] of each layer, or this layer's alone; added to in place.
         mass_probe: collects visual mass over ranges of queries.
-        cu_seq_lens_q: int32 [S + 1], bounds of sequences packed without padding into the B · L
-            tokens, under transformers' name for them; what has a row for each of B otherwise has
-            one for each sequence then. On a CPU, no layer waits for a device to read it.
+        cu_seq_lens_q: [S + 1], bounds of sequences packed without padding into the B · L tokens,
+            under transformers' name for them; what has a row for each of B otherwise has one for
+            each sequence then. As a tuple of int, no layer waits for a device to read it.
 
     Returns:
         (out [B, L_q, H_q, D], None): there are no attention weights.

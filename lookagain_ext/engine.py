@@ -144,6 +144,11 @@ class Engine:
         positions = keywords.get("position_ids")
         positions = _axes(self.family.positions(keywords) if positions is None else positions)
         mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])
+        if Packing.find(positions, mask, keywords.get("cu_seq_lens_q")) is not None:
+            raise ValueError(
+                f"packed sequences cannot be continued, so they take no {CACHE}: call the model "
+                "without one, with use_cache=False, or generate from a batch with a row for each"
+            )
         layout = visual_layout(ids, positions, mask, self.family.visual_token_ids())
         cache = self._own_cache(cache, layout.max_visual)
         rollout = self._open(layout, ids.shape[1], cache)
@@ -222,10 +227,13 @@ class Engine:
             labels = ids.clone()  # generate without a cache: only what it wrote triggers
             labels[:, : self.prompt_length] = -100
         given = positions is not None
+        if given and positions.dim() == 2:  # the text's, which tell where packed sequences begin
+            positions = positions.expand(4, -1, -1)
         positions = _axes(positions if given else self.family.positions(keywords))
         mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])
         packing, real = Packing.find(positions, mask, keywords.get("cu_seq_lens_q")), None
         if packing is not None:
+            mask, keywords = None, {**keywords, "attention_mask": None}
             ids, positions, real = packing.rows(ids, -1), packing.rows(positions), packing.real
             labels = None if labels is None else packing.rows(labels, -100)
         layout = visual_layout(ids, positions, mask, self.family.visual_token_ids())
@@ -234,7 +242,7 @@ class Engine:
         self._latest = forward
         self._plan = _Plan({}, forward=forward)
         if sequence.num_columns or given:
-            keywords = {**keywords, "position_ids": forward.positions()}
+            keywords = {**keywords, "position_ids": forward.positions}
         return keywords
 
     def _open(self, layout: Any, prompt_length: int, cache: Any) -> Rollout:  # noqa: ANN401

@@ -130,8 +130,9 @@ def _grid(places: Tensor, row: int) -> tuple[int, int, int]:
     count = places.shape[1]
     if count > 1 and bool((places[0] == places[1]).all() and (places[1] == places[2]).all()):
         raise ValueError(
-            f"the visual tokens of row {row} have plain text positions: was mm_token_type_ids "
-            "left out? Pass everything the processor returns."
+            f"the visual tokens of row {row} have plain text positions: were mm_token_type_ids "
+            "left out, or position_ids [B, L] given? Pass everything the processor returns, and "
+            "position_ids, if any, as [4, B, L]: those of the text, then time, height and width."
         )
     height, width = ((places[axis].max() - places[axis].min() + 1).item() for axis in (1, 2))
     if count % (height * width):

@@ -3,6 +3,10 @@
 Transformers' flattening collators put several sequences into one row; their position ids begin
 anew at each. The attention reads them in place. All that is small (token ids, positions, labels) is
 looked at here as a padded batch with a row for each sequence.
+
+What is packed by its position ids is attended so in every family; transformers' own attention looks
+at the text positions only, the first of four axes, and sees none where a model makes three of two
+dimensional ids (Qwen2-VL, Qwen2.5-VL).
 """
 
 from __future__ import annotations
@@ -13,60 +17,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops._packed import checked_bounds
+
 
 @dataclass(frozen=True)
 class Packing:
     """Where the S sequences of a packed batch lie.
 
     Attributes:
-        bounds: int32 [S + 1] on the host, where each begins among the B · L tokens, and the end.
+        bounds: where each begins among the B · L tokens, and the end of the last.
         batch: B.
         index: int64 [S, L_s], the place of each token among the B · L; 0 on padding.
         real: bool [S, L_s], False on padding at the end.
     """
 
-    bounds: Tensor
+    bounds: tuple[int, ...]
     batch: int
     index: Tensor
     real: Tensor
 
     @classmethod
     def find(
-        cls, position_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+        cls, position_ids: Tensor, mask: Tensor | None, cu_seqlens: object = None
     ) -> Packing | None:
-        """The packing of a batch, by the rules of transformers; None if it is not packed.
+        """The packing of a batch; None if it is not packed.
 
         Args:
             position_ids: int64 [3 or 4, B, L]. With four, the first are the text's, and a sequence
-                begins where they do not go up by one, if there is no mask.
-            mask: [B, L], or None.
+                begins where they do not go up by one.
+            mask: [B, L], or None. What is packed has no padding.
             cu_seqlens: `cu_seq_lens_q` of the call, or None; wins over the positions.
 
         Raises:
-            ValueError: if `cu_seqlens` does not hold the bounds of sequences in B · L tokens.
+            TypeError: if `cu_seqlens` holds anything but integers.
+            ValueError: if it does not hold the bounds of sequences in B · L tokens, or is given
+                together with padding.
         """
         batch, length = position_ids.shape[1:]
+        padded = mask is not None and not bool(mask.all())
         if cu_seqlens is not None:
-            bounds = cu_seqlens.to("cpu", torch.int32)
-            rising = bounds.dim() == 1 and len(bounds) > 1 and bool((bounds.diff() >= 0).all())
-            if not rising or bounds[0] != 0 or bounds[-1] != batch * length:
-                raise ValueError(
-                    f"cu_seq_lens_q must go from 0 to the {batch * length} tokens without going "
-                    f"back, got {bounds.tolist()}"
-                )
-            if batch > 1 and not set(range(0, batch * length, length)) <= set(bounds.tolist()):
-                raise ValueError(f"cu_seq_lens_q has a sequence in two rows, got {bounds.tolist()}")
-        elif mask is None and position_ids.shape[0] == 4:
+            bounds = checked_bounds("cu_seq_lens_q", cu_seqlens, batch * length)
+            if padded:
+                raise ValueError("attention_mask has padding: with cu_seq_lens_q there can be none")
+            if not set(range(0, batch * length, length)) <= set(bounds):
+                raise ValueError(f"cu_seq_lens_q has a sequence in two rows, got {list(bounds)}")
+        elif position_ids.shape[0] == 4 and not padded:
             begins = torch.diff(position_ids[0], dim=-1) != 1
             if not bool(begins.any()):
                 return None
             begins = torch.nn.functional.pad(begins, (1, 0), value=True)
-            bounds = begins.flatten().nonzero().flatten()
-            bounds = torch.nn.functional.pad(bounds, (0, 1), value=batch * length)
-            bounds = bounds.to("cpu", torch.int32)
+            bounds = (*begins.flatten().nonzero().flatten().tolist(), batch * length)
         else:
             return None
-        first, lengths = bounds[:-1, None].long(), bounds.diff().long()
+        ends = torch.tensor(bounds)
+        first, lengths = ends[:-1, None], ends.diff()
         place = torch.arange(int(lengths.max()))
         real = place < lengths[:, None]
         device = position_ids.device
@@ -84,8 +88,7 @@ class Packing:
 
     def unpacked(self, keywords: dict[str, Any]) -> dict[str, Any]:
         """The decoder's keywords for a padded batch with a row for each sequence."""
-        embeddings = keywords["inputs_embeds"].flatten(0, 1)[self.index]
-        changed = {"inputs_embeds": embeddings * self.real[..., None]}
+        changed = {"inputs_embeds": keywords["inputs_embeds"].flatten(0, 1)[self.index]}
         if keywords.get("visual_pos_masks") is not None:
             changed["visual_pos_masks"] = self.rows(keywords["visual_pos_masks"])
         kept = {k: v for k, v in keywords.items() if not k.startswith(("cu_seq_lens", "max_len"))}

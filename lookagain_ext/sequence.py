@@ -129,12 +129,14 @@ def read_sequence(
         real: bool [B, L], False on padding that a mask does not tell; None: there is none.
 
     Raises:
-        ValueError: if `keep="latest"` would have to forget a re-injection within one forward.
+        ValueError: if `keep="latest"` would have to forget a re-injection within one forward, or a
+            picture comes after a reflection, which would show it before it is there.
     """
     batch, length = input_ids.shape
     if labels is None:
         spans = layout.spans.long()
-        after = torch.where(spans[..., 1] > 0, spans.sum(-1), 0).amax(-1)
+        after = torch.where(spans[..., 1] > 0, spans.sum(-1), 0)
+        after = after.amax(-1) if spans.shape[1] else spans.new_zeros(batch)
         counted = torch.arange(length, device=input_ids.device) >= after[:, None]
     else:
         counted = labels.to(input_ids.device) != -100
@@ -153,6 +155,18 @@ def read_sequence(
             "keep='latest' it cannot be replayed in one forward; raise max_reinjections"
         )
     looks = [found[: config.max_reinjections] for found in looks]
+    ends = layout.spans.sum(-1).tolist()
+    for row, found in enumerate(looks):
+        last = max(
+            (end for end, n in zip(ends[row], layout.spans[row, :, 1].tolist(), strict=True) if n),
+            default=0,
+        )
+        if found and found[0] < last:
+            raise ValueError(
+                f"row {row} has a picture up to token {last - 1}, after its reflection at token "
+                f"{found[0]}, which would show it before it comes: end the sequence before that "
+                "picture, or leave the earlier answer out of the labels"
+            )
     columns = max(map(len, looks))
     index = torch.full((batch, columns), -1, dtype=torch.int64)
     rows = torch.zeros(batch, columns, 2, dtype=torch.int32)

@@ -35,6 +35,9 @@ class SequenceForward:
         config: how to look again.
         sequence: the reflections in it.
         packing: where the rows of `sequence` lie in the batch, if it is packed.
+
+    Attributes:
+        positions: int64 [3 or 4, B, L], rotary positions moved past what is re-injected.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class SequenceForward:
         self.config = config
         self.sequence = sequence
         self.packing = packing
+        positions = sequence.positions
+        self.positions = positions if packing is None else packing.pack(positions)
         self.selected: Tensor | None = None
         self.mass: Tensor | None = None
         self.expansion: Expansion | None = None
@@ -60,11 +65,6 @@ class SequenceForward:
             share = self.family.num_layers * self.family.num_attention_heads
             attention = (self.probe.total / share).cpu()
         return self.sequence.trace(self.selected, self.mass, attention)
-
-    def positions(self) -> Tensor:
-        """int64 [3 or 4, B, L], rotary positions moved past what is re-injected."""
-        positions = self.sequence.positions
-        return positions if self.packing is None else self.packing.pack(positions)
 
     def prepare(self, keywords: dict[str, Any]) -> dict[str, Any]:
         """Keywords for the decoder, from those that the base model calls it with."""
@@ -181,7 +181,7 @@ class SequenceForward:
         else:
             selected = self.selected if number else None
             context = sequence.context(inv_freq, selected, number)
-            kept = kept | {"position_ids": self.positions()}
+            kept = kept | {"position_ids": self.positions}
             if self.packing is None:
                 kept = _shortened(kept, end)
         width = self.mass.shape[-1] if fold is None else fold.shape[-1]

@@ -17,6 +17,7 @@ from tiny_models import (
     whole_sequence,
 )
 from transformers.cache_utils import DynamicCache
+from transformers.data import DataCollatorWithFlattening
 
 from lookagain_ext import NEVER, LookAgainConfig, VisualContext, look_again, ops
 from lookagain_ext.cache import CACHE
@@ -165,6 +166,35 @@ def test_empty_and_single_sequences() -> None:
     torch.testing.assert_close(out[:, :, 1:], alone)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_empty_sequences_with_a_context(backend, monkeypatch) -> None:
+    monkeypatch.setenv("LOOKAGAIN_BACKEND", backend)
+    heads = [torch.randn(1, heads, 7, 16) for heads in (4, 2, 2)]
+    spans = torch.tensor([[[0, 0]], [[1, 3]], [[0, 0]]])
+    visual = VisualContext.from_spans(spans, torch.ones(8))
+    visual = visual.reinject(torch.tensor([False, True, True]), 5, 5)
+    mass = torch.zeros(3, 2, 3)
+    out = ops.routed_attention(*heads, visual, visual_mass=mass, cu_seqlens=[0, 0, 7, 7])
+    wanted = torch.zeros(1, 2, 3)
+    alone = ops.routed_attention(*heads, visual.row(1), visual_mass=wanted)
+    assert torch.equal(out, alone) and torch.equal(mass[1:2], wanted)
+    assert mass[[0, 2]].abs().max() == 0 < mass[1].min()
+    rows = torch.tensor([[[0, 7]]] * 3, dtype=torch.int32)
+    found = ops.visual_mass(heads[0], heads[1], visual, rows, cu_seqlens=[0, 0, 7, 7])
+    torch.testing.assert_close(found[:, 0], mass)
+
+
+def test_bounds_change_between_calls_of_one_shape(device) -> None:
+    """What is remembered of a call's layout is not that of other bounds."""
+    heads = [torch.randn(1, n, 60, 16, device=device, requires_grad=True) for n in (4, 2, 2)]
+    for bounds in ([0, 20, 60], [0, 40, 60], [0, 60]):
+        out = ops.routed_attention(*heads, cu_seqlens=bounds)
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            alone = ops.routed_attention(*(x[:, :, begin:end] for x in heads))
+            torch.testing.assert_close(out[:, :, begin:end], alone)
+        torch.autograd.grad(out.sum(), heads)
+
+
 def test_compiles_whole() -> None:
     packed = Packed("cpu")
     bounds = packed.cu_seqlens.tolist()
@@ -191,6 +221,8 @@ def test_compiles_whole() -> None:
         ({"key_length": torch.ones(1, dtype=torch.int32)}, ValueError, "key_length is of padded"),
         ({"query": torch.zeros(2, 2, 9, 16)}, ValueError, r"query must have shape \[1, H, T, D\]"),
         ({"key": torch.zeros(1, 2, 8, 16)}, ValueError, "key must have query's 9 tokens"),
+        ({"value": torch.zeros(1, 2, 8, 16)}, ValueError, "value must have query's 9 tokens"),
+        ({"value": None}, TypeError, "value must be a tensor, got NoneType"),
         ({"visual": "all"}, TypeError, "visual must be a VisualContext"),
         ({"mass_from": torch.zeros(1, dtype=torch.int32)}, ValueError, "mass_from must have a row"),
     ],
@@ -200,6 +232,23 @@ def test_wrong_arguments(wrong, error, words) -> None:
     given |= {"cu_seqlens": [0, 4, 9], **wrong}
     with pytest.raises(error, match=words):
         ops.routed_attention(**given)
+
+
+def test_wrong_arguments_of_the_mass() -> None:
+    query, key = torch.zeros(1, 2, 9, 16), torch.zeros(1, 2, 9, 16)
+    visual = VisualContext.from_spans(torch.tensor([[[0, 3]], [[0, 2]]]), torch.ones(8))
+    rows = torch.zeros(2, 1, 2, dtype=torch.int32)
+    given = {"cu_seqlens": [0, 4, 9]}
+    with pytest.raises(TypeError, match="visual must be a VisualContext"):
+        ops.visual_mass(query, key, None, rows, **given)
+    with pytest.raises(ValueError, match=r"lse must have shape \[1, 2, 9\]"):
+        ops.visual_mass(query, key, visual, rows, lse=torch.zeros(1, 2, 99), **given)
+    with pytest.raises(ValueError, match="rows must have a row for each of the 2"):
+        ops.visual_mass(query, key, visual, rows[:1], **given)
+    spans = torch.tensor([[[0, 3]], [[0, 8]]])
+    beyond = VisualContext.from_spans(spans, torch.ones(8)).reinject(torch.tensor([True] * 2), 9, 3)
+    with pytest.raises(ValueError, match="sequence 1 of cu_seqlens, its row 0: spans"):
+        ops.routed_attention(query, key, key, beyond, **given)
 
 
 def test_context_needs_a_row_for_each_sequence() -> None:
@@ -365,6 +414,55 @@ def test_bounds_by_name(made) -> None:
         named = {"cu_seq_lens_q": torch.tensor([0, 3], dtype=torch.int32)}
         with pytest.raises(ValueError, match="cu_seq_lens_q must go from 0 to the"):
             model(**packed, **named, use_cache=False)
+
+
+@pytest.mark.parametrize("made", ["qwen2_5_vl"], indirect=True)
+def test_ways_to_say_where_sequences_begin(made) -> None:
+    """A single token between two, a mask of ones, a list; not: padding, bounds across two rows."""
+    model, alone = made
+    word = {name: alone[2][name][..., :1] for name in ("input_ids", "mm_token_type_ids")}
+    word |= {"labels": torch.tensor([[-100]]), "position_ids": torch.zeros(4, 1, 1).long()}
+    packed = pack([alone[0], word, word, alone[1]])
+    first = alone[0]["input_ids"].shape[1]
+    bounds = [0, first, first + 1, first + 2, packed["input_ids"].shape[1]]
+    ones = torch.ones_like(packed["input_ids"])
+    with torch.no_grad(), look_again(model, config()):
+        wanted = logits_of(model, [alone[0], word, word, alone[1]])
+        for more in ({}, {"attention_mask": ones}, {"cu_seq_lens_q": bounds}):
+            logits = model(**packed, **more, use_cache=False).logits[0]
+            torch.testing.assert_close(logits, torch.cat(wanted), rtol=1e-6, atol=1e-6)
+        named = {"cu_seq_lens_q": bounds, "attention_mask": ones.clone()}
+        named["attention_mask"][0, 0] = 0
+        with pytest.raises(ValueError, match="attention_mask has padding: with cu_seq_lens_q"):
+            model(**packed, **named, use_cache=False)
+        with pytest.raises(TypeError, match="cu_seq_lens_q must hold integers"):
+            model(**packed, cu_seq_lens_q=torch.tensor(bounds) + 0.2, use_cache=False)
+        two = {name: value for name, value in pack(alone, 2).items() if name != "labels"}
+        whole = two["input_ids"].numel()
+        with pytest.raises(ValueError, match="cu_seq_lens_q has a sequence in two rows"):
+            model(**two, cu_seq_lens_q=[0, 5, whole], use_cache=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flattening_collator(family, one_thread) -> None:
+    """Transformers' own, whose position ids are those of the text alone."""
+    model = tiny_model(family)
+    rows = [torch.randint(9, VOCABULARY, (n,)).tolist() for n in (7, 4, 9)]
+    features = [{"input_ids": row, "labels": row} for row in rows]
+    for keywords in (False, True):
+        batch = DataCollatorWithFlattening(return_flash_attn_kwargs=keywords)(features)
+        with torch.no_grad(), look_again(model, config()):
+            wanted = [model(input_ids=torch.tensor([row]), use_cache=False).logits for row in rows]
+            logits = model(**batch, use_cache=False).logits
+        torch.testing.assert_close(logits, torch.cat(wanted, 1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("made", ["qwen2_5_vl"], indirect=True)
+def test_no_cache_for_packed_sequences(made) -> None:
+    model, alone = made
+    with torch.no_grad(), look_again(model, config()):
+        with pytest.raises(ValueError, match="packed sequences cannot be continued"):
+            model(**pack(alone), **{CACHE: DynamicCache()})
 
 
 @pytest.mark.parametrize("made", ["qwen2_5_vl"], indirect=True)

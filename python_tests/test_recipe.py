@@ -159,6 +159,14 @@ def test_a_failed_step_is_repeated_and_no_other(tmp_path, monkeypatch) -> None:
         run_recipe(small(tmp_path / "out", presets=["paper"]), said.append)
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_launcher_that_is_not_there(jobs, tmp_path, monkeypatch) -> None:
+    nowhere = str(tmp_path / "launch")
+    monkeypatch.setattr(recipe_run, "_argv", lambda step, launch: [nowhere])
+    with pytest.raises(RuntimeError, match=f"base cannot be started: .*{nowhere}"):
+        run_recipe(small(tmp_path / "out", jobs=jobs), lambda line: None)
+
+
 def timeless(line: str) -> str:
     return re.sub(r" \d+ s\b", "", line)
 
@@ -358,6 +366,7 @@ def test_the_report_says_what_the_stages_wrote(tmp_path) -> None:
     journal = ['{"about": 1}', '{"status": "kept"}', '{"status": "wrong"}', '{"status": "kept"}']
     (tmp_path / "distill/journal-00000-of-00001.jsonl").write_text("\n".join(journal) + "\n")
     done = [{"number": 0, "name": "base", "command": "lookagain train sft", "seconds": 90.0}]
+    done[0]["jobs"] = 2
     page = write_report(small(tmp_path, jobs=2), done).read_text()
     assert "1 commands, 2 minutes in sum, up to 2 at the same time. " in page
     page = write_report(config, done).read_text()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import (
     FAMILIES,
+    FIRST_WORD,
     REFLECTION,
     generate,
     log_probabilities,
@@ -141,6 +142,30 @@ def test_reflections_past_the_limit():
     latest = config(max_reinjections=1, keep="latest")
     with look_again(model, latest), pytest.raises(ValueError, match="keep='latest'"):
         model(**whole_sequence(inputs, new))
+
+
+@pytest.mark.parametrize("way", ["copy", "copy-reencode", "route", "route-layer"])
+def test_no_picture_is_shown_before_it_comes(way):
+    """In a conversation a later picture would be seen by an earlier reflection."""
+    model, inputs = tiny_model(), tiny_inputs([[3, (2, 3), 10, (2, 2), 4]])
+    ids = inputs["input_ids"].clone()
+    ids[0, 14] = REFLECTION
+    labels = torch.full_like(ids, -100)
+    labels[0, 12:17] = ids[0, 12:17]
+    batch = {**inputs, "input_ids": ids}
+    with look_again(model, config(**WAYS[way])) as session, torch.no_grad():
+        with pytest.raises(ValueError, match="row 0 has a picture up to token 25, after its refle"):
+            model(**batch, labels=labels)
+        model(**batch, labels=torch.full_like(ids, -100))  # not an answer: nothing triggers
+        assert session.trace.reflections == [[]]
+
+
+def test_text_without_labels():
+    model, ids = tiny_model(), torch.randint(FIRST_WORD, 64, (2, 9))
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with look_again(model, config()):
+            torch.testing.assert_close(model(input_ids=ids).logits, plain)
 
 
 def test_padding_on_either_side():

@@ -68,7 +68,8 @@ def run(
             status.update(f"measuring {name}")
             for row in SUITES[name](quick):
                 rows.append(row)
-                status.update(f"measuring {name}: {row.name} {row.ratio:.3g}x")
+                found = "not measured" if row.ratio is None else f"{row.ratio:.3g}x"
+                status.update(f"measuring {name}: {row.name} {found}")
     console.print(table(rows))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -111,6 +112,8 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         met = {True: "yes", False: "**no**", None: ""}[row["met"]]
-        ratio = f"{row['ratio']:.3g} ({row['p20']:.3g} to {row['p80']:.3g})"
+        ratio = row["note"]  # why it was not measured
+        if row["ratio"] is not None:
+            ratio = f"{row['ratio']:.3g} ({row['p20']:.3g} to {row['p80']:.3g})"
         lines.append(f"| {row['name']} | {row['against']} | {ratio} | {row['goal']} | {met} |")
     return "\n".join(lines)

@@ -45,7 +45,7 @@ def routed_attention(
     scale: float,
 ) -> None:
     """Writes `out` and `lse`, adds to `visual_mass`; the ops' own arguments otherwise."""
-    # Not through `_packed`: this runs in every layer of every step, and its calls would show.
+    # Not through `_contiguous`: this runs in every layer of every step, and its calls would show.
     index = (mass_from, key_start, key_length, *visual, block_table)
     index = [None if x is None else x.contiguous() for x in index]
     if visual_mass is None or query.shape[2] <= MOST_COUNTED_QUERIES:
@@ -94,13 +94,13 @@ def visual_mass(
     scale: float,
 ) -> None:
     """Writes `mass` [B, T, H_kv, width], from the forward's `lse`."""
-    index = (_packed(x) for x in (key_start, key_length, *visual, block_table))
-    launch_visual_mass(query, key, lse, _packed(rows), mass, *index, scale)
+    index = (_contiguous(x) for x in (key_start, key_length, *visual, block_table))
+    launch_visual_mass(query, key, lse, _contiguous(rows), mass, *index, scale)
 
 
 def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor, out: Tensor) -> None:
     """Writes the choice of each row to `out`."""
-    native().cuda_select_visual_tokens(mass, ratio, _packed(num_visual), out, _stream(mass))
+    native().cuda_select_visual_tokens(mass, ratio, _contiguous(num_visual), out, _stream(mass))
 
 
 def append_visual_(
@@ -119,17 +119,17 @@ def append_visual_(
     # Written by the kernel, which does not run for no rows and no heads.
     new = torch.empty if key_length.numel() and key_cache.shape[1] else torch.zeros
     failed = new(4, dtype=torch.int32, device=key_cache.device)
-    lengths = _packed(key_length)
+    lengths = _contiguous(key_length)
     launch_append_visual_(
         key_cache,
         value_cache,
         lengths,
-        _packed(spans),
-        _packed(shift),
-        _packed(inv_freq),
-        _packed(selected),
-        _packed(rows),
-        _packed(block_table),
+        _contiguous(spans),
+        _contiguous(shift),
+        _contiguous(inv_freq),
+        _contiguous(selected),
+        _contiguous(rows),
+        _contiguous(block_table),
         failed,
     )
     if lengths is not key_length:
@@ -186,7 +186,7 @@ def _raise(failed: list[int], capacity: int) -> None:
         )
 
 
-def _packed(tensor: Tensor | None) -> Tensor | None:
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 

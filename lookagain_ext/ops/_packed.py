@@ -7,59 +7,71 @@ kernel runs on them in place, and autograd joins the gradients as `split` and `c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from ..visual import VisualContext
 
 
+def checked_bounds(name: str, given: object, tokens: int) -> tuple[int, ...]:
+    """Where each packed sequence begins, and the end of the last, from [S + 1] integers.
+
+    Raises:
+        TypeError: if `given` holds anything but integers, or is neither a tensor nor a sequence.
+        ValueError: unless it goes from 0 to `tokens` without going back.
+    """
+    bounds = given.tolist() if isinstance(given, Tensor) else given
+    if not isinstance(bounds, Sequence) or isinstance(bounds, (str, bytes)):
+        raise TypeError(
+            f"{name} must be an integer tensor [S + 1] or a list, got {type(given).__name__}"
+        )
+    if any(isinstance(bound, bool) or not isinstance(bound, int) for bound in bounds):
+        raise TypeError(f"{name} must hold integers in one axis, got {bounds}")
+    rising = all(begin <= end for begin, end in pairwise(bounds))
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or not rising:
+        raise ValueError(
+            f"{name} must go from 0 to the {tokens} tokens without going back, got {bounds}"
+        )
+    return tuple(bounds)
+
+
 def sequence_bounds(
-    cu_seqlens: Tensor | Sequence[int], query: Tensor, key: Tensor, visual: object
+    cu_seqlens: object, visual: object, *, query: Tensor, **others: Tensor
 ) -> tuple[int, ...]:
-    """Where each packed sequence begins, and the end of the last, checked.
+    """The bounds of packed sequences, if all else is packed by them too.
 
     Args:
         cu_seqlens: [S + 1], what to check.
-        query: [1, H_q, T, D].
-        key: [1, H_kv, T, D].
         visual: a context with a row for each sequence, or None.
+        query: [1, H_q, T, D].
+        **others: key and value [1, H_kv, T, D].
 
     Raises:
-        TypeError: if `cu_seqlens` holds no integers, or an argument has the wrong type.
-        ValueError: unless `cu_seqlens` goes from 0 to T without going back, and all else fits.
+        TypeError: if an argument has the wrong type.
+        ValueError: if bounds or a shape do not fit.
     """
-    for name, tensor in (("query", query), ("key", key)):
+    for name, tensor in (("query", query), *others.items()):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4 or tensor.shape[0] != 1:
             raise ValueError(
                 f"{name} must have shape [1, H, T, D] with cu_seqlens, got {list(tensor.shape)}"
             )
-    tokens = query.shape[2]
-    if key.shape[2] != tokens:
-        raise ValueError(
-            f"key must have query's {tokens} tokens with cu_seqlens, got {key.shape[2]}"
-        )
-    given = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
-        name = type(cu_seqlens).__name__
-        raise TypeError(f"cu_seqlens must be an integer tensor [S + 1] or a list, got {name}")
-    if any(isinstance(bound, bool) or not isinstance(bound, int) for bound in given):
-        raise TypeError(f"cu_seqlens must hold integers in one axis, got {given}")
-    rising = all(begin <= end for begin, end in pairwise(given))
-    if len(given) < 2 or given[0] != 0 or given[-1] != tokens or not rising:
-        raise ValueError(
-            f"cu_seqlens must go from 0 to the {tokens} tokens without going back, got {given}"
-        )
+        if tensor.shape[2] != query.shape[2]:
+            raise ValueError(
+                f"{name} must have query's {query.shape[2]} tokens with cu_seqlens, got "
+                f"{tensor.shape[2]}"
+            )
+    bounds = checked_bounds("cu_seqlens", cu_seqlens, query.shape[2])
     if isinstance(visual, VisualContext):
         names = ("spans", "shift", "start", "selected")
-        check_rows(len(given) - 1, **{f"visual.{name}": getattr(visual, name) for name in names})
+        check_rows(len(bounds) - 1, **{f"visual.{name}": getattr(visual, name) for name in names})
     elif visual is not None:
         raise TypeError(f"visual must be a VisualContext, got {type(visual).__name__}")
-    return tuple(given)
+    return bounds
 
 
 def refuse_limits(**given: object) -> None:
@@ -94,8 +106,10 @@ def row(rows: Tensor | None, number: int) -> Tensor | None:
     return None if rows is None else rows[number : number + 1]
 
 
-def together(parts: list[Tensor]) -> Tensor:
-    """Rows of different widths, [S, ..., widest], filled up with zeros."""
-    width = max(part.shape[-1] for part in parts)
-    filled = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]
-    return torch.cat(filled)
+@contextmanager
+def naming(number: int) -> Iterator[None]:
+    """Errors within say which sequence they are about, whose row is the only one there."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"sequence {number} of cu_seqlens, its row 0: {error}") from error

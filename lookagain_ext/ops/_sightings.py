@@ -121,7 +121,7 @@ def read_layout(
 
 def _shown_tokens(places: list[_Place], fields: Fields) -> tuple[Tensor, Tensor]:
     """Of a selection: int64 [B, R, L_c] keys, those shown first, and int64 [B, R] how many are."""
-    keys = torch.tensor([[place.keys] for place in places]).to(fields[2].device)
+    keys = [place.keys for place in places]
     _, key_length, spans, _, _, _, selected = fields
     first, length = spans.long().unbind(-1)
     number = torch.arange(selected.shape[-1], device=spans.device)
@@ -130,7 +130,10 @@ def _shown_tokens(places: list[_Place], fields: Fields) -> tuple[Tensor, Tensor]
     span = torch.searchsorted(end, number, right=True)
     inside = span < first.shape[1]
     token = (first - (end - length)).gather(1, span.clamp(max=first.shape[1] - 1)) + number
-    limit = keys if key_length is None else torch.minimum(key_length[:, None], keys)
+    if len(set(keys)) > 1:
+        limit = torch.tensor(keys).to(spans.device)[:, None]
+    else:
+        limit = keys[0] if key_length is None else key_length.clamp(max=keys[0])[:, None]
     shown = selected & (inside & (token >= 0) & (token < limit))[:, None]
     order = shown.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
     return token[:, None].expand_as(order).gather(-1, order), shown.sum(-1)
@@ -237,7 +240,8 @@ class LayoutCache:
         tensors = [x for x in fields if x is not None]
         if any(x.is_inference() for x in tensors):
             return read_layout(query, key, fields, bounds)
-        name = (query.shape[0], query.shape[2], key.shape[2], bounds, *map(id, fields))
+        shapes = (query.device, query.shape[0], query.shape[2], key.shape[2])
+        name = (*shapes, bounds, *map(id, fields))
         now = [(x, x._version) for x in tensors]
         with self._lock:
             held = self._entries.pop(name, None)

@@ -152,27 +152,33 @@ def _packed_attention(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """All sequences in one call where the library takes them so, else one after the other."""
-    bounds = _packed.sequence_bounds(cu_seqlens, query, key, visual)
+    bounds = _packed.sequence_bounds(cu_seqlens, visual, query=query, key=key, value=value)
     _packed.check_rows(len(bounds) - 1, visual_mass=visual_mass, mass_from=mass_from)
     heads, rows = _packed.split(bounds, query, key, value), _packed.row
     first = None if visual is None else visual.row(0)
-    _check(query, key, value, None, None, first, *(rows(x, 0) for x in (visual_mass, mass_from)),
-           None, scale)  # fmt: skip
+    counted = (rows(visual_mass, 0), rows(mass_from, 0))
+    _check(query, key, value, None, None, first, *counted, None, scale)
     together = has_kernels(query) and _cuda.on_gpu(query) and _cuda.are_many(query, key, None)
     if not together or is_traced(query, key, value, visual_mass, *_fields(visual)):
-        each = [
-            routed_attention(
-                *one,
-                None if visual is None else visual.row(number),
-                scale=scale,
-                visual_mass=rows(visual_mass, number),
-                mass_from=rows(mass_from, number),
-                return_lse=True,
-            )
-            for number, one in enumerate(heads)
-        ]
-        out, lse = (torch.cat(parts, dim=2) for parts in zip(*each, strict=True))
-        return (out, lse) if return_lse else out
+        outs, sums = [], []
+        for number, one in enumerate(heads):
+            if one[0].shape[2] == 0:
+                continue
+            with _packed.naming(number):
+                out, lse = routed_attention(
+                    *one,
+                    None if visual is None else visual.row(number),
+                    scale=scale,
+                    visual_mass=rows(visual_mass, number),
+                    mass_from=rows(mass_from, number),
+                    return_lse=True,
+                )
+            outs.append(out.transpose(1, 2))
+            sums.append(lse)
+        if not outs:  # no token at all
+            return routed_attention(query, key, value, scale=scale, return_lse=return_lse)
+        out = torch.cat(outs, dim=1).transpose(1, 2)
+        return (out, torch.cat(sums, dim=2)) if return_lse else out
     scale = check_scale(scale, query.shape[-1])
     tensors = (query, key, value, None, None, *_fields(visual))
     if _wants_grad(query, key, value):

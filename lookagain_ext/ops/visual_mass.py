@@ -64,14 +64,7 @@ def visual_mass(
     """
     if cu_seqlens is not None:
         _packed.refuse_limits(key_start=key_start, key_length=key_length)
-        bounds = _packed.sequence_bounds(cu_seqlens, query, key, visual)
-        _packed.check_rows(len(bounds) - 1, rows=rows)
-        parts = []
-        for number, one in enumerate(_packed.split(bounds, query, key)):
-            part = None if lse is None else lse[..., bounds[number] : bounds[number + 1]]
-            mine = (visual.row(number), _packed.row(rows, number))
-            parts.append(visual_mass(*one, *mine, scale=scale, lse=part))
-        return _packed.together(parts)
+        return _packed_mass(query, key, visual, rows, cu_seqlens, scale, lse)
     check_attention(query, key, None)
     check_visual(visual, query)
     scale = check_scale(scale, query.shape[-1])
@@ -96,15 +89,57 @@ def visual_mass(
     check_kernel_layout(query=query, key=key)
     if lse is not None:
         lse = lse.to(torch.float64 if query.dtype == torch.float64 else torch.float32).contiguous()
-    if visual.selected is not None:
-        width = visual.selected.shape[-1]
-    else:
-        width = int(visual.num_visual().max()) if visual.spans.numel() else 0
+    width = _width(visual)
     fields = (visual.spans, visual.inv_freq, visual.shift, visual.start, visual.selected)
     limits = (key_start, key_length)
     traced = is_traced(query, key, rows, lse, *limits, *fields)
     call = torch.ops.lookagain.visual_mass if traced else forward
     return call(query.detach(), key.detach(), rows, width, lse, *limits, *fields, scale)
+
+
+def _width(visual: VisualContext) -> int:
+    """L_c of a context; without a selection this waits for the device."""
+    if visual.selected is not None:
+        return visual.selected.shape[-1]
+    return int(visual.num_visual().max()) if visual.spans.numel() else 0
+
+
+def _packed_mass(
+    query: Tensor,
+    key: Tensor,
+    visual: VisualContext,
+    rows: Tensor,
+    cu_seqlens: Tensor | Sequence[int],
+    scale: float | None,
+    lse: Tensor | None,
+) -> Tensor:
+    """The mass of one sequence after the other; all have the context's width."""
+    if visual is None:
+        raise TypeError("visual must be a VisualContext, got NoneType")
+    bounds = _packed.sequence_bounds(cu_seqlens, visual, query=query, key=key)
+    _packed.check_rows(len(bounds) - 1, rows=rows)
+    check_attention(query, key, None)
+    check_visual(visual.row(0), query)
+    if lse is not None:
+        check_tensor("lse", lse, tuple(query.shape[:3]), None, query)
+    elif has_kernels(query) and _cuda.on_gpu(query) and _cuda.are_many(query, key, None):
+        fields = (visual.spans, visual.inv_freq, visual.shift, visual.start, visual.selected)
+        limits, scale = (None, None), check_scale(scale, query.shape[-1])
+        _, lse = attention(
+            query, key, key, *limits, *fields, None, None, None, scale, bounds=bounds
+        )
+    width = _width(visual)
+    found = []
+    for number, (one, other) in enumerate(_packed.split(bounds, query, key)):
+        context, wanted = visual.row(number), _packed.row(rows, number)
+        if one.shape[2] == 0:
+            found.append(_output(one, other, wanted, width))
+            continue
+        part = None if lse is None else lse[..., bounds[number] : bounds[number + 1]]
+        with _packed.naming(number):
+            mass = visual_mass(one, other, context, wanted, scale=scale, lse=part)
+        found.append(torch.nn.functional.pad(mass, (0, width - mass.shape[-1])))
+    return torch.cat(found)
 
 
 def forward(

@@ -66,7 +66,8 @@ def write_report(config: RecipeConfig, done: Sequence[dict[str, Any]]) -> Path:
 def _head(config: RecipeConfig, done: Sequence[dict[str, Any]]) -> str:
     where = machine()
     minutes = sum(entry["seconds"] for entry in done) / 60
-    beside = f" in sum, up to {config.jobs} at the same time" if config.jobs > 1 else ""
+    most = max((entry.get("jobs", 1) for entry in done), default=1)
+    beside = f" in sum, up to {most} at the same time" if most > 1 else ""
     seeds = [stage.get("trainer", {}).get("seed") for stage in (config.brpo, config.sft)]
     return (
         "# Qwen Look Again's recipe, from end to end\n\n"

@@ -74,7 +74,11 @@ def run_recipe(config: RecipeConfig, say: Callable[[str], None] = print) -> list
                 for number in [] if failures else ready[: config.jobs - len(running)]:
                     waiting.remove(number)
                     say(f"{heads[number]}: {shlex.join(planned[number].command)}")
-                    running[number] = _begin(planned[number], config), time.perf_counter()
+                    try:
+                        running[number] = _begin(planned[number], config), time.perf_counter()
+                    except OSError as error:
+                        failures.append(f"{planned[number].name} cannot be started: {error}")
+                        break
                 time.sleep(_POLL)
                 for number in [n for n, (one, _) in running.items() if one.poll() is not None]:
                     process, begun = running.pop(number)
@@ -85,7 +89,7 @@ def run_recipe(config: RecipeConfig, say: Callable[[str], None] = print) -> list
                         failures.append(f"{step.name} failed with exit code {code}: {words}")
                         outcome = f"failed after {seconds:.0f} s\n{_last_lines(step, config)}"
                     else:
-                        entry = {"number": number, "name": step.name}
+                        entry = {"number": number, "name": step.name, "jobs": config.jobs}
                         journal.add([{**entry, "command": words, "seconds": seconds}])
                         finished.add(step.name)
                         outcome = f"ended after {seconds:.0f} s"
