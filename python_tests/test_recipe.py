@@ -366,8 +366,7 @@ def test_the_report_says_what_the_stages_wrote(tmp_path) -> None:
     journal = ['{"about": 1}', '{"status": "kept"}', '{"status": "wrong"}', '{"status": "kept"}']
     (tmp_path / "distill/journal-00000-of-00001.jsonl").write_text("\n".join(journal) + "\n")
     done = [{"number": 0, "name": "base", "command": "lookagain train sft", "seconds": 90.0}]
-    done[0]["jobs"] = 2
-    page = write_report(small(tmp_path, jobs=2), done).read_text()
+    page = write_report(config, [{**done[0], "jobs": 2}]).read_text()
     assert "1 commands, 2 minutes in sum, up to 2 at the same time. " in page
     page = write_report(config, done).read_text()
     assert "1 commands, 2 minutes. " in page
