@@ -155,12 +155,8 @@ def read_sequence(
             "keep='latest' it cannot be replayed in one forward; raise max_reinjections"
         )
     looks = [found[: config.max_reinjections] for found in looks]
-    ends = layout.spans.sum(-1).tolist()
-    for row, found in enumerate(looks):
-        last = max(
-            (end for end, n in zip(ends[row], layout.spans[row, :, 1].tolist(), strict=True) if n),
-            default=0,
-        )
+    for row, (found, runs) in enumerate(zip(looks, layout.spans.tolist(), strict=True)):
+        last = max((first + length for first, length in runs if length), default=0)
         if found and found[0] < last:
             raise ValueError(
                 f"row {row} has a picture up to token {last - 1}, after its reflection at token "
