@@ -22,6 +22,7 @@ COMPILER = shutil.which("c++") or shutil.which("g++")
 LAUNCHES = (
     "launch_routed_attention",
     "launch_visual_mass",
+    "launch_many_queries",
     "select_visual_tokens",
     "launch_append_visual_",
 )
@@ -81,6 +82,21 @@ class AttentionParams(ctypes.Structure):
         ("mass_batch_stride", ctypes.c_int64),
         ("mass_head_stride", ctypes.c_int64),
         ("mass_from", ctypes.c_void_p),
+        ("visual", VisualParams),
+    ]
+
+
+class BackwardParams(ctypes.Structure):
+    _fields_ = [
+        *ATTENTION_SIZES,
+        *[(name, HeadsView) for name in ("grad_out", "query", "key", "value", "out")],
+        ("lse", ctypes.c_void_p),
+        *[(name, HeadsView) for name in ("grad_query", "grad_key", "grad_value")],
+        ("mass", ctypes.c_void_p),
+        ("mass_batch_stride", ctypes.c_int64),
+        ("mass_head_stride", ctypes.c_int64),
+        ("num_visual", ctypes.c_int64),
+        ("counted", ctypes.c_void_p),
         ("visual", VisualParams),
     ]
 
@@ -159,7 +175,7 @@ def library() -> ctypes.CDLL:
                 old.unlink()
             part.rename(built)
         loaded = ctypes.CDLL(str(built))
-    sizes = (AttentionParams, VisualParams, SelectParams, AppendParams, MassParams)
+    sizes = (AttentionParams, VisualParams, SelectParams, AppendParams, MassParams, BackwardParams)
     found = (ctypes.c_int64 * len(sizes))()
     loaded.emulated_sizes(found)
     assert list(found) == [ctypes.sizeof(kind) for kind in sizes], "params.h has changed"
@@ -304,6 +320,57 @@ def launch_visual_mass(
     )
     page(params, block_table, key)
     _call("emulated_visual_mass", ctypes.byref(params))
+
+
+def launch_many_queries(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    mass: Tensor | None,
+    counted: Tensor | None,
+    key_start: Tensor | None,
+    key_length: Tensor | None,
+    spans: Tensor | None,
+    inv_freq: Tensor | None,
+    shift: Tensor | None,
+    start: Tensor | None,
+    selected: Tensor | None,
+    bounds: Tensor | None,
+    longest: int,
+    scale: float,
+) -> None:
+    """Stands in for the binding."""
+    params = BackwardParams(
+        **attention_sizes(query, key, None),
+        scale=scale,
+        key_start=pointer(key_start),
+        key_length=pointer(key_length),
+        value=heads(value),
+        out=heads(out),
+        lse=pointer(lse),
+        counted=pointer(counted),
+    )
+    if gradients is not None:
+        names = ("grad_out", "grad_query", "grad_key", "grad_value")
+        for name, tensor in zip(names, gradients, strict=True):
+            setattr(params, name, heads(tensor))
+    if mass is not None and mass.shape[-1] > 0:
+        params.mass, params.num_visual = mass.data_ptr(), mass.shape[-1]
+        params.mass_batch_stride, params.mass_head_stride = mass.stride()[:2]
+    if spans is not None:
+        params.visual = visual_params(spans, inv_freq, shift, start, selected)
+    _call(
+        "emulated_many_queries",
+        ctypes.byref(params),
+        ctypes.c_void_p(pointer(bounds)),
+        ctypes.c_int64(0 if bounds is None else len(bounds) - 1),
+        ctypes.c_int64(longest),
+        ctypes.c_void_p(pointer(lse)),
+        ctypes.c_int(gradients is not None),
+    )
 
 
 def page(params: ctypes.Structure, block_table: Tensor | None, cache: Tensor) -> None:

@@ -64,6 +64,21 @@ void routed_attention(const RoutedAttentionParams& p, int64_t num_visual, const 
 // Overwrites p.mass; p.lse is needed. Paged caches too.
 void visual_mass(const VisualMassParams& p, const Allocate& allocate, Stream stream);
 
+// Many queries by one kernel of our own, forward, and its backward: bfloat16 and float16, head
+// sizes up to 128, any re-injections. Nothing is atomic. `packed`: several sequences in a batch of
+// one.
+struct PackedRows {
+  const int32_t* bounds = nullptr;  // [count + 1], device memory; null: none
+  int64_t count = 0, longest = 0;
+};
+bool takes_many_queries(const RoutedAttentionBackwardParams& p);
+// Writes p.out and `lse`; p's gradients are not used.
+void many_queries_forward(const RoutedAttentionBackwardParams& p, const PackedRows& packed,
+                          float* lse, const Allocate& allocate, Stream stream);
+// Writes p's gradients, from p.out and p.lse; adds to p.mass.
+void many_queries_backward(const RoutedAttentionBackwardParams& p, const PackedRows& packed,
+                           const Allocate& allocate, Stream stream);
+
 struct SelectParams {
   const float* mass = nullptr;  // [B, L_c]
   int64_t mass_stride = 0;

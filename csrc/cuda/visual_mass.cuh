@@ -24,6 +24,7 @@
 #pragma once
 
 #include "decode_merge.cuh"
+#include "query_rows.cuh"
 
 namespace lookagain {
 namespace cuda {
@@ -36,20 +37,6 @@ struct MassLaunch {
   int splits;        // of the queries
   float scale;       // on logits, in units of log 2
   float* sums;       // [splits, B, T, H_kv, L_c]: p.mass itself for one piece
-};
-
-// A query row, row = query * G + head. Dividing takes several times longer than this.
-struct QueryRow {
-  int query, head;
-
-  LA_DEVICE QueryRow(const MassLaunch& a, int row) {
-    query = static_cast<int>(static_cast<uint64_t>(row) * a.inverse >> 32);
-    head = row - query * a.group;
-    if (head >= a.group) {
-      ++query;
-      head -= a.group;
-    }
-  }
 };
 
 // The place of one block, and the queries it counts. Numbers of queries, rows and keys fit into 31

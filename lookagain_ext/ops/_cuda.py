@@ -22,12 +22,12 @@ def on_gpu(tensor: Tensor) -> bool:
 
 
 def are_many(query: Tensor, key: Tensor, block_table: Tensor | None) -> bool:
-    """Whether these queries take the way of `_cuda_training.py`.
+    """Whether these queries may take the way of `_cuda_training.py`.
 
-    A paged cache and a CUDA graph do not: they keep to the decode kernel.
+    A paged cache does not: it keeps to the decode kernel.
     """
     many = query.shape[2] > MOST_COUNTED_QUERIES and key.numel() > 0
-    return many and block_table is None and not _capturing(query)
+    return many and block_table is None
 
 
 def routed_attention(
@@ -134,7 +134,7 @@ def append_visual_(
     )
     if lengths is not key_length:
         key_length.copy_(lengths)
-    if check_room and not _capturing(key_cache):
+    if check_room and not is_capturing(key_cache):
         _raise(failed.tolist(), capacity(key_cache, block_table))
 
 
@@ -154,6 +154,12 @@ def launch_visual_mass(*arguments: Tensor | float | None) -> None:
     """The binding, with stream and workspace."""
     query = arguments[0]
     native().cuda_visual_mass(*arguments, _stream(query), partial(_workspace, query))
+
+
+def launch_many_queries(*arguments: Tensor | tuple[Tensor, ...] | float | None) -> None:
+    """The binding, with stream and workspace."""
+    query = arguments[0]
+    native().cuda_many_queries(*arguments, _stream(query), partial(_workspace, query))
 
 
 def launch_append_visual_(*arguments: Tensor | None) -> None:
@@ -199,5 +205,6 @@ def _workspace(tensor: Tensor, size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=tensor.device)
 
 
-def _capturing(tensor: Tensor) -> bool:
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether work on its device is being recorded in a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -6,9 +6,9 @@ ordinary attention without a mask. The two parts are joined by their log-sum-exp
 each part the joined out and log-sum-exp, which makes its result that part's share; gradients of
 turned keys are turned back, and those of shown tokens added to the rows that the tokens came from.
 
-Why not a kernel of our own for all of it: on Hopper the libraries use the warp-group products and
-the bulk copies that a kernel for sm_80 and later cannot, 1.6 times and more of its speed, and
-nearly all of the FLOP are in these two shapes.
+`_cuda_many.py` has kernels of our own for all of it, and says when they are chosen. On Hopper the
+libraries use warp-group products and bulk copies, which those kernels do not, and nearly all of the
+FLOP are in these two shapes.
 
 Work: 4 D (8 D + 2 D backward) FLOP for each query head, query and key seen, sightings included,
 nothing for padding. Memory: linear in the length. Bytes beyond the library's: one pass to join the
@@ -26,10 +26,23 @@ import math
 import torch
 from torch import Tensor
 
+from . import _cuda, _cuda_many
 from . import _fused_attention as library
 from ._sightings import Again, Fields, Layout, LayoutCache, read_layout
 
 _layouts = LayoutCache()
+
+
+def takes(
+    query: Tensor, key: Tensor, value: Tensor, block_table: Tensor | None, scale: float
+) -> bool:
+    """Whether a call goes this way, not to the decode kernel.
+
+    Within the capture of a CUDA graph the library's way is closed: it reads a layout on the host.
+    """
+    if not _cuda.are_many(query, key, block_table):
+        return False
+    return not _cuda.is_capturing(query) or _cuda_many.is_chosen(query, key, value, scale)
 
 
 def forward(
@@ -52,6 +65,8 @@ def forward(
         keep: whether a backward and other layers with the very same fields will follow.
         bounds: of packed sequences, see `read_layout`.
     """
+    if _cuda_many.is_chosen(query, key, value, scale):
+        return _cuda_many.forward(query, key, value, fields, scale, bounds)
     layout = (_layouts.read if keep else read_layout)(query, key, fields, bounds)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if layout.plain is None:
@@ -83,6 +98,10 @@ def backward(
     bounds: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, shaped as they are."""
+    if _cuda_many.is_chosen(query, key, value, scale):
+        return _cuda_many.backward(
+            grad_out, query, key, value, out, lse, fields, scale, bounds
+        )
     layout = _layouts.read(query, key, fields, bounds)
     grad_out, query, key, value, out = (
         x.transpose(1, 2) for x in (grad_out, query, key, value, out)

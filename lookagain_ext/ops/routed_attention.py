@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..visual import NEVER, VisualContext, is_traced
-from . import _cuda, _packed
+from . import _cuda, _cuda_training, _packed
 from ._attention_library import backward, forward
 from ._checks import (
     check_added_to,
@@ -158,7 +158,9 @@ def _packed_attention(
     first = None if visual is None else visual.row(0)
     counted = (rows(visual_mass, 0), rows(mass_from, 0))
     _check(query, key, value, None, None, first, *counted, None, scale)
-    together = has_kernels(query) and _cuda.on_gpu(query) and _cuda.are_many(query, key, None)
+    scale = check_scale(scale, query.shape[-1])
+    together = has_kernels(query) and _cuda.on_gpu(query)
+    together = together and _cuda_training.takes(query, key, value, None, scale)
     if not together or is_traced(query, key, value, visual_mass, *_fields(visual)):
         outs, sums = [], []
         for number, one in enumerate(heads):
@@ -179,7 +181,6 @@ def _packed_attention(
             return routed_attention(query, key, value, scale=scale, return_lse=return_lse)
         out = torch.cat(outs, dim=1).transpose(1, 2)
         return (out, torch.cat(sums, dim=2)) if return_lse else out
-    scale = check_scale(scale, query.shape[-1])
     tensors = (query, key, value, None, None, *_fields(visual))
     if _wants_grad(query, key, value):
         out, lse = _RoutedAttention.apply(*tensors, scale, bounds)
@@ -266,7 +267,7 @@ def _eager(
         raise ValueError("mass_from needs visual_mass")
     # The number of queries first: a decode step asks no further, here and below.
     checked = query.shape[2] > _cuda.MOST_COUNTED_QUERIES and _cuda.on_gpu(query)
-    checked = checked and _cuda.are_many(query, key, block_table)
+    checked = checked and _cuda_training.takes(query, key, value, block_table, scale)
     if checked:  # libraries know nothing of these arguments
         _check(*tensors[:5], visual, visual_mass, mass_from, block_table, scale)
     if not torch.is_grad_enabled() or not _wants_grad(query, key, value):

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from .._native import native
 from ..visual import VisualContext, is_traced
-from . import _cuda, _packed
+from . import _cuda, _cuda_training, _packed
 from ._attention_library import forward as attention
 from ._checks import (
     check_attention,
@@ -122,9 +122,11 @@ def _packed_mass(
     check_visual(visual.row(0), query)
     if lse is not None:
         check_tensor("lse", lse, tuple(query.shape[:3]), None, query)
-    elif has_kernels(query) and _cuda.on_gpu(query) and _cuda.are_many(query, key, None):
+    scale = check_scale(scale, query.shape[-1])
+    together = lse is None and has_kernels(query) and _cuda.on_gpu(query)
+    if together and _cuda_training.takes(query, key, key, None, scale):
         fields = (visual.spans, visual.inv_freq, visual.shift, visual.start, visual.selected)
-        limits, scale = (None, None), check_scale(scale, query.shape[-1])
+        limits = (None, None)
         _, lse = attention(
             query, key, key, *limits, *fields, None, None, None, scale, bounds=bounds
         )

@@ -13,6 +13,7 @@ const Device& current_device() { return emulated_device(); }
 }  // namespace cuda
 }  // namespace lookagain
 
+#include "cuda/many_queries.cu"
 #include "cuda/reinjection.cu"
 #include "cuda/routed_attention.cu"
 #include "cuda/routed_attention_bfloat16.cu"
@@ -63,6 +64,7 @@ void emulated_sizes(int64_t* sizes) {
   sizes[2] = sizeof(cuda::SelectParams);
   sizes[3] = sizeof(AppendVisualParams);
   sizes[4] = sizeof(VisualMassParams);
+  sizes[5] = sizeof(RoutedAttentionBackwardParams);
 }
 
 void emulated_set(uint64_t seed, int multiprocessors, int64_t shared) {
@@ -98,6 +100,19 @@ int emulated_visual_mass(const VisualMassParams* p) {
   return guarded([&] {
     Workspace workspace;
     cuda::visual_mass(*p, workspace.allocate(), nullptr);
+  });
+}
+
+int emulated_many_queries(const RoutedAttentionBackwardParams* p, const int32_t* bounds,
+                          int64_t count, int64_t longest, float* lse, int backward) {
+  return guarded([&] {
+    Workspace workspace;
+    const cuda::PackedRows packed{bounds, count, longest};
+    if (backward) {
+      cuda::many_queries_backward(*p, packed, workspace.allocate(), nullptr);
+    } else {
+      cuda::many_queries_forward(*p, packed, lse, workspace.allocate(), nullptr);
+    }
   });
 }
 

@@ -1,0 +1,335 @@
+// What the kernels for many queries share: forward and backward of training and prefill.
+//
+// A *row* is one of a batch, or one of several sequences packed into a batch of one. Its queries
+// are packed by key head: packed row n is query n / G of head n % G, so that 64 of them end within
+// a few queries of each other and nearly no tile is cut by the causal mask in vain.
+//
+// Each kernel holds a block of rows (of queries, or of keys) and lets tiles of the other side pass
+// by in shared memory. A re-injection turns what is held, once, and not what passes: queries by
+// -shift or keys by +shift, which give the same logits. Gradients of what is held are summed in
+// the same turned frame, and turned on when the next re-injection begins: sums of all sightings
+// end in one accumulator, whatever their number.
+//
+// Products are m16n8k16 with rows of what is held on the left. `a b^T` reads what passes by rows,
+// `a b` by columns through a transposing load; the first one's result is the second one's left
+// operand as it lies in the registers, rounded to 16 bits.
+#pragma once
+
+#include "decode_merge.cuh"
+#include "query_rows.cuh"
+
+namespace lookagain {
+namespace cuda {
+
+constexpr int kPiece = 8;  // elements of a 16-byte access
+
+struct ManyLaunch {
+  RoutedAttentionBackwardParams p;  // the forward leaves the gradients empty
+  const int32_t* bounds;            // of packed sequences, [p.batch + 1], or null
+  int64_t rows_of_tensors;          // B: 1 where sequences are packed
+  int64_t tokens, key_tokens;       // L_q and L_k of the tensors; p has those of the longest row
+  float* lse;                       // [B, H_q, tokens], natural units
+  int group;                        // G
+  uint32_t inverse;                 // (2^32 - 1) / G
+  int held_blocks;                  // of a row and key head
+  int pieces;                       // of what passes by, for a block of keys
+  float scale;                      // on logits, in units of log 2
+  float* delta;                     // [B, H_q, tokens], rowsum(grad_out out)
+  float* sums;                      // [2, pieces, B, H_kv, L_k, D], of dK and dV; null: one piece
+  float* key_mass;                  // [pieces, B, H_kv, L_k], sums of P over counted queries
+  int32_t* token;                   // [B, L_k], number of a visual key in its row, else -1
+  uint32_t* shown;                  // [B, L_k], bit r: re-injection r shows the key
+  int32_t* lists;                   // [R, or 1 without a selection, B, L_k], keys shown, ascending
+  int32_t* counts;                  // [p.batch, R or 1], how many
+
+  LA_HD int64_t num_lists() const {
+    const int64_t reinjections = p.visual.num_reinjections;
+    return p.visual.selected == nullptr && reinjections > 1 ? 1 : reinjections;
+  }
+  LA_HD int64_t num_keys() const { return rows_of_tensors * key_tokens; }
+};
+
+// One row: where it lies, and its keys.
+struct Row {
+  int number, batch, offset;  // offset: of its first token in the tensors
+  int queries, slots;
+  RowKeys keys;
+
+  LA_DEVICE Row(const ManyLaunch& a, int64_t row)
+      : number(static_cast<int>(row)), batch(number), offset(0) {
+    if (a.bounds == nullptr) {
+      queries = static_cast<int>(a.p.queries);
+      slots = static_cast<int>(a.p.keys);
+      keys = row_keys(a.p, row);
+    } else {
+      batch = 0;
+      offset = a.bounds[row];
+      queries = slots = a.bounds[row + 1] - offset;
+      keys = {0, slots, 0};
+    }
+  }
+
+  LA_DEVICE int position(int query) const { return keys.first_position + query; }
+
+  template <typename T>
+  LA_DEVICE T* at(const HeadsView& view, int64_t head, int64_t token) const {
+    return head_row<T>(view, batch, head, offset + token);
+  }
+
+  // Place of a query in `lse` and `delta`.
+  LA_DEVICE int64_t place(const ManyLaunch& a, int64_t head, int query) const {
+    return (batch * a.p.query_heads + head) * a.tokens + (offset + query);
+  }
+
+  // Place of a key in `token` and `shown`, and in what has one for each head.
+  LA_DEVICE int64_t place_of_key(const ManyLaunch& a, int64_t key) const {
+    return batch * a.key_tokens + offset + key;
+  }
+  LA_DEVICE int64_t place_of_key(const ManyLaunch& a, int64_t head, int64_t key) const {
+    return (batch * a.p.key_heads + head) * a.key_tokens + offset + key;
+  }
+
+  LA_DEVICE int first_seeing(const ManyLaunch& a, int r) const {
+    const int32_t start = a.p.visual.start[number * a.p.visual.num_reinjections + r];
+    return static_cast<int>(first_query_seeing(start, keys.end, queries));
+  }
+
+  LA_DEVICE int32_t shift(const ManyLaunch& a, int r) const {
+    return a.p.visual.shift[number * a.p.visual.num_reinjections + r];
+  }
+
+  LA_DEVICE const int32_t* list(const ManyLaunch& a, int r, int* count) const {
+    const int64_t list = a.p.visual.selected == nullptr ? 0 : r;
+    *count = a.counts[number * a.num_lists() + list];
+    return a.lists + list * a.num_keys() + place_of_key(a, 0);
+  }
+};
+
+// Which keys are visual, and which re-injections show them. A thread for each key.
+__global__ void __launch_bounds__(kThreads) mark_keys(const ManyLaunch a) {
+  const VisualParams& visual = a.p.visual;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const Row row(a, index / a.p.keys < a.p.batch ? index / a.p.keys : 0);
+  const int64_t key = index % a.p.keys;
+  if (index / a.p.keys >= a.p.batch || key >= row.slots) return;
+  int64_t token = -1;
+  if (key < row.keys.end) {
+    for_each_visual_run(row_spans(visual, row.number), visual.num_spans, key, key + 1,
+                        [&](int64_t, int64_t number, int64_t) { token = number; });
+  }
+  uint32_t bits = 0;
+  for (int r = 0; token >= 0 && r < visual.num_reinjections; ++r) {
+    const bool ever = visual.start[row.number * visual.num_reinjections + r] != kNever;
+    const uint8_t* selected = row_selected(visual, row.number, r);
+    if (ever && is_shown(visual, selected, static_cast<int32_t>(token))) bits |= 1u << r;
+  }
+  a.token[row.place_of_key(a, key)] = static_cast<int32_t>(token);
+  a.shown[row.place_of_key(a, key)] = bits;
+}
+
+// The keys that a re-injection shows, in order. A block for each row and list.
+__global__ void __launch_bounds__(kThreads) list_keys(const ManyLaunch a) {
+  int* found = reinterpret_cast<int*>(dynamic_shared());  // by each warp
+  const int64_t lists = a.num_lists(), list = blockIdx.x % lists;
+  const Row row(a, blockIdx.x / lists);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int32_t* to = a.lists + list * a.num_keys() + row.place_of_key(a, 0);
+  int count = 0;
+  for (int first = 0; first < row.keys.end; first += kThreads) {
+    const int key = first + static_cast<int>(threadIdx.x);
+    bool shows = false;
+    if (key < row.keys.end) {
+      const int64_t at = row.place_of_key(a, key);
+      shows = a.p.visual.selected == nullptr ? a.token[at] >= 0 : (a.shown[at] >> list & 1) != 0;
+    }
+    const uint32_t mine = ballot(shows);
+    if (lane == 0) found[warp] = count_bits(mine);
+    __syncthreads();
+    int before = count;
+    for (int w = 0; w < kWarps; ++w) {
+      before += w < warp ? found[w] : 0;
+      count += found[w];
+    }
+    if (shows) to[before + count_bits(mine & ((1u << lane) - 1))] = key;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) a.counts[row.number * lists + list] = count;
+}
+
+// Rotation by `shift`, one entry for each frequency. By all threads; visible after a barrier.
+LA_DEVICE void make_table(const VisualParams& visual, int32_t shift, float2* table) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < visual.half; i += kThreads) {
+    table[i] = turn_of(shift, visual.inv_freq[i]);
+  }
+}
+
+// Rows of two tensors that belong together; null for zeros.
+template <typename T>
+struct TwoRows {
+  const T *one, *other;
+};
+
+// Begins to copy kRows rows of two tensors to shared memory; `rows_at(n)` gives rows n. `anything`
+// is a good address, which a copy of nothing must have too.
+template <typename T, int kDim, int kRows, typename RowsAt>
+LA_DEVICE void copy_two(T* to, T* to_other, int dim, const void* anything, RowsAt rows_at) {
+  constexpr int kPitch = kDim + kPiece, kPieces = kDim / kPiece;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
+    const int row = i / kPieces, feature = i % kPieces * kPiece, at = row * kPitch + feature;
+    const TwoRows<T> from = rows_at(row);
+    const bool there = from.one != nullptr && feature < dim;
+    copy_async(to + at, there ? from.one + feature : anything, there ? 16 : 0);
+    copy_async(to_other + at, there ? from.other + feature : anything, there ? 16 : 0);
+  }
+}
+
+// Of one tensor.
+template <typename T, int kDim, int kRows, typename RowAt>
+LA_DEVICE void copy_rows(T* to, int dim, const void* anything, RowAt row_at) {
+  constexpr int kPitch = kDim + kPiece, kPieces = kDim / kPiece;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
+    const int row = i / kPieces, feature = i % kPieces * kPiece;
+    const T* from = row_at(row);
+    const bool there = from != nullptr && feature < dim;
+    copy_async(to + row * kPitch + feature, there ? from + feature : anything, there ? 16 : 0);
+  }
+}
+
+// The same rows turned by `table`, at once; visible after a barrier.
+template <typename T, int kDim, int kRows, typename RowAt>
+LA_DEVICE void turn_rows(T* to, int dim, const float2* table, int half, RowAt row_at) {
+  constexpr int kPitch = kDim + kPiece;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kRows * kDim; i += kThreads) {
+    const int row = i / kDim, d = i % kDim;
+    const T* from = row_at(row);
+    T* mine = to + row * kPitch;
+    if (from == nullptr || d >= dim) {
+      mine[d] = T{0};
+    } else if (d < half) {
+      const float one = to_float(from[d]), other = to_float(from[d + half]);
+      mine[d] = from_float<T>(one * table[d].x - other * table[d].y);
+      mine[d + half] = from_float<T>(other * table[d].x + one * table[d].y);
+    } else if (d >= 2 * half) {
+      mine[d] = from[d];
+    }
+  }
+}
+
+// Left operands of a warp: 16 rows from `tile` on.
+template <typename T, int kSteps>
+LA_DEVICE void load_left(uint32_t (&left)[kSteps][4], const T* tile, int pitch) {
+  const int lane = threadIdx.x % 32;
+  const T* row = tile + (lane % 8 + lane / 8 % 2 * 8) * pitch + lane / 16 * kPiece;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) load_matrices(left[step], row + step * 16);
+}
+
+// c = left tile^T, for kBlocks times 8 rows of `tile`. `left` is held in registers, or lies in
+// shared memory, 16 rows.
+template <typename T, int kSteps, int kBlocks>
+LA_DEVICE void multiply_by_rows(float (&c)[kBlocks][4], const T* left, const T* tile, int pitch) {
+  const int lane = threadIdx.x % 32;
+  const T* from = left + (lane % 8 + lane / 8 % 2 * 8) * pitch + lane / 16 * kPiece;
+  const T* row = tile + lane % 8 * pitch + lane / 8 * kPiece;
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[n][i] = 0;
+  }
+#pragma unroll
+  for (int step = 0; step < kSteps; step += 2) {
+    uint32_t one[4], other[4];
+    load_matrices(one, from + step * 16);
+    load_matrices(other, from + step * 16 + 16);
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      uint32_t right[4];
+      load_matrices(right, row + n * 8 * pitch + step * 16);
+      multiply_add<T>(c[n], one, right[0], right[1]);
+      multiply_add<T>(c[n], other, right[2], right[3]);
+    }
+  }
+}
+
+template <typename T, int kSteps, int kBlocks>
+LA_DEVICE void multiply_by_rows(float (&c)[kBlocks][4], const uint32_t (&left)[kSteps][4],
+                                const T* tile, int pitch) {
+  const int lane = threadIdx.x % 32;
+  const T* row = tile + lane % 8 * pitch + lane / 8 * kPiece;
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[n][i] = 0;
+  }
+#pragma unroll
+  for (int step = 0; step < kSteps; step += 2) {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      uint32_t right[4];
+      load_matrices(right, row + n * 8 * pitch + step * 16);
+      multiply_add<T>(c[n], left[step], right[0], right[1]);
+      multiply_add<T>(c[n], left[step + 1], right[2], right[3]);
+    }
+  }
+}
+
+// c += left tile, for 16 rows of `tile`.
+template <typename T, int kColumns>
+LA_DEVICE void multiply_by_columns(float (&c)[kColumns][4], const uint32_t (&left)[4],
+                                   const T* tile, int pitch) {
+  const int lane = threadIdx.x % 32;
+  const T* row = tile + (lane % 8 + lane / 8 % 2 * 8) * pitch + lane / 16 * kPiece;
+#pragma unroll
+  for (int n = 0; n < kColumns; n += 2) {
+    uint32_t right[4];
+    load_matrices_transposed(right, row + n * 8);
+    multiply_add<T>(c[n], left, right[0], right[1]);
+    multiply_add<T>(c[n + 1], left, right[2], right[3]);
+  }
+}
+
+// Two neighbouring blocks of a product as a left operand.
+template <typename T>
+LA_DEVICE void as_left(uint32_t (&left)[4], const float (&first)[4], const float (&second)[4]) {
+  left[0] = pack<T>(first[0], first[1]);
+  left[1] = pack<T>(first[2], first[3]);
+  left[2] = pack<T>(second[0], second[1]);
+  left[3] = pack<T>(second[2], second[3]);
+}
+
+// Turns a warp's 16 rows of sums by `table`, in its part of shared memory.
+template <int kColumns>
+LA_DEVICE void turn_sums(float (&sum)[kColumns][4], float* room, const float2* table, int half) {
+  constexpr int kPitch = kColumns * 8 + 4;
+  const int lane = threadIdx.x % 32;
+  float* mine = room + lane / 4 * kPitch + 2 * (lane % 4);
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) mine[i / 2 * 8 * kPitch + 8 * n + i % 2] = sum[n][i];
+  }
+  __syncwarp();
+  for (int d = lane; d < half; d += 32) {
+    const float2 turn = table[d];
+#pragma unroll 8
+    for (int row = 0; row < 16; ++row) {
+      float *first = room + row * kPitch + d, *second = first + half;
+      const float one = *first, other = *second;
+      *first = one * turn.x - other * turn.y;
+      *second = other * turn.x + one * turn.y;
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[n][i] = mine[i / 2 * 8 * kPitch + 8 * n + i % 2];
+  }
+}
+
+}  // namespace cuda
+}  // namespace lookagain

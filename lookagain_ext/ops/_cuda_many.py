@@ -1,0 +1,126 @@
+"""routed_attention with many queries by kernels of our own: forward, backward, mass within it.
+
+The other way is `_cuda_training.py`, which composes it of a library's attention. These kernels need
+no layout on the host, so nothing waits for the device and a step can be captured in a CUDA graph;
+their gradients repeat bit by bit; the visual mass is a sum that the backward takes on its way. They
+multiply with `mma.sync`, which reaches less of a Hopper GPU than the libraries do.
+
+`LOOKAGAIN_CUDA_TRAINING` chooses: "kernels", "library", or "auto" (default): the library's, but the
+kernels within a CUDA graph's capture.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from . import _cuda
+
+CHOICES = ("auto", "kernels", "library")
+choice = os.environ.get("LOOKAGAIN_CUDA_TRAINING", "auto")
+if choice not in CHOICES:
+    raise ValueError(
+        f"LOOKAGAIN_CUDA_TRAINING must be one of {', '.join(map(repr, CHOICES))}, got {choice!r}"
+    )
+
+
+def is_chosen(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
+    """Whether a call goes to these kernels."""
+    wanted = choice == "kernels" or (choice == "auto" and _cuda.is_capturing(query))
+    return wanted and fits(query, key, value, scale)
+
+
+def fits(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
+    """Whether the kernels take these tensors: 16 bits, head sizes up to 128, rows of 16 bytes."""
+    size = query.shape[-1]
+    halves = query.dtype in (torch.bfloat16, torch.float16)
+    return halves and size <= 128 and scale > 0 and all(map(_is_aligned, (query, key, value)))
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    fields: tuple[Tensor | None, ...],
+    scale: float,
+    bounds: tuple[int, ...] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Out in the layout of models and float32 lse; arguments as in `_cuda_training.forward`."""
+    batch, heads, queries, size = query.shape
+    out = query.new_empty(batch, queries, heads, size).transpose(1, 2)
+    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    _launch((query, key, value, out, lse), None, None, None, fields, scale, bounds)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    fields: tuple[Tensor | None, ...],
+    scale: float,
+    bounds: tuple[int, ...] | None = None,
+    mass: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, shaped as they are.
+
+    Args:
+        grad_out: [B, H_q, L_q, D].
+        query: likewise.
+        key: [B, H_kv, L_k, D].
+        value: likewise.
+        out: the forward's.
+        lse: the forward's, float32 [B, H_q, L_q].
+        fields: as in `_cuda_training.forward`.
+        scale: of the logits.
+        bounds: of packed sequences.
+        mass: float32 [B, H_kv, L_c], one for each sequence; the visual mass is added to it.
+        counted: bool [B, L_q], the queries that count for it; None: all.
+    """
+    grad_out, out = (x if _is_aligned(x) else x.contiguous() for x in (grad_out, out))
+    grads = tuple(_like_models(x) for x in (query, key, value))
+    tensors = (query, key, value, out, lse.contiguous())
+    _launch(tensors, (grad_out, *grads), mass, counted, fields, scale, bounds)
+    return grads
+
+
+def _launch(
+    tensors: tuple[Tensor, ...],
+    gradients: tuple[Tensor, ...] | None,
+    mass: Tensor | None,
+    counted: Tensor | None,
+    fields: tuple[Tensor | None, ...],
+    scale: float,
+    bounds: tuple[int, ...] | None,
+) -> None:
+    index = [None if x is None else x.contiguous() for x in (counted, *fields)]
+    longest = 0
+    if bounds is not None:
+        longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        bounds = _on_device(bounds, tensors[0].device)
+    _cuda.launch_many_queries(*tensors, gradients, mass, *index, bounds, longest, scale)
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept, so that layers share one copy and a captured graph finds it where it was."""
+    return torch.tensor(bounds, dtype=torch.int32).to(device)
+
+
+def _like_models(x: Tensor) -> Tensor:
+    """An empty tensor of the shape of x, in the layout [B, L, H, D] that projections go on with."""
+    batch, heads, length, size = x.shape
+    return x.new_empty(batch, length, heads, size).transpose(1, 2)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether its rows are contiguous and lie at 16-byte boundaries."""
+    whole = all(stride % 8 == 0 for stride in x.stride()[:3])
+    return x.stride(3) == 1 and whole and x.data_ptr() % 16 == 0 and x.shape[3] % 8 == 0
