@@ -203,6 +203,89 @@ void cuda_visual_mass(py::object query, py::object key, py::object lse, py::obje
   cuda::visual_mass(p, std::ref(workspace), stream_of(stream));
 }
 
+// `gradients`: None for a forward, which writes `out` and `lse`; else (grad_out, grad_query,
+// grad_key, grad_value), of which the last three are written. `bounds` of packed sequences, whose
+// longest has `longest` tokens.
+void cuda_many_queries(py::object query, py::object key, py::object value, py::object out,
+                       py::object lse, py::object gradients, py::object mass, py::object counted,
+                       py::object key_start, py::object key_length, py::object spans,
+                       py::object inv_freq, py::object shift, py::object start, py::object selected,
+                       py::object bounds, int64_t longest, double scale, uintptr_t stream,
+                       py::object allocate) {
+  const int device = device_of("query", query);
+  const TensorView q = query_view(query, device), k = key_view(key, q, false, device);
+  const int64_t batch = q.shape[0], dim = q.shape[3];
+  const std::initializer_list<int64_t> query_shape = {batch, q.shape[1], q.shape[2], dim};
+  const std::initializer_list<int64_t> key_shape = {batch, k.shape[1], k.shape[2], dim};
+  check_scale(scale);
+  RoutedAttentionBackwardParams p;
+  p.dtype = q.dtype;
+  p.batch = batch;
+  p.query_heads = q.shape[1];
+  p.key_heads = k.shape[1];
+  p.queries = q.shape[2];
+  p.keys = k.shape[2];
+  p.head_dim = dim;
+  p.scale = scale;
+  cuda::PackedRows packed;
+  int64_t rows = batch;
+  if (!bounds.is_none()) {
+    const TensorView view = checked_view("bounds", bounds, DType::kInt32, {kAny}, device);
+    check_contiguous("bounds", view);
+    if (batch != 1 || q.shape[2] != k.shape[2] || view.shape[0] < 2 || longest > q.shape[2]) {
+      throw py::value_error("bounds need one row of as many queries as keys");
+    }
+    rows = view.shape[0] - 1;
+    packed = {view.as<const int32_t>(), rows, longest};
+  }
+  p.key_start = device_values<int32_t>("key_start", key_start, DType::kInt32, {rows}, device);
+  p.key_length = device_values<int32_t>("key_length", key_length, DType::kInt32, {rows}, device);
+  p.query = heads_view("query", q);
+  p.key = heads_view("key", k);
+  p.value = heads_view("value", checked_view("value", value, q.dtype, key_shape, device));
+  const auto output = [&](const char* name, py::handle tensor,
+                          std::initializer_list<int64_t> shape) {
+    return heads_view(name, checked_output(name, tensor, q.dtype, shape, device));
+  };
+  p.out = output("out", out, query_shape);
+  p.lse = lse_data(lse, q, device);
+  if (p.lse == nullptr) throw py::type_error("lse must be a tensor, got None");
+  p.visual = visual_params(spans, inv_freq, shift, start, selected, rows, dim, device);
+  if (!mass.is_none()) {
+    if (spans.is_none()) throw py::value_error("mass needs spans, got None");
+    const TensorView view =
+        checked_output("mass", mass, DType::kFloat32, {rows, k.shape[1], kAny}, device);
+    check_last_axis("mass", view);
+    if (view.shape[2] > 0) p.mass = view.as<float>();
+    p.mass_batch_stride = view.stride[0];
+    p.mass_head_stride = view.stride[1];
+    p.num_visual = view.shape[2];
+  }
+  p.counted = device_values<uint8_t>("counted", counted, DType::kBool, {batch, q.shape[2]}, device);
+  const bool backward = !gradients.is_none();
+  if (backward) {
+    const py::tuple tensors = py::cast<py::tuple>(gradients);
+    p.grad_out =
+        heads_view("grad_out", checked_view("grad_out", tensors[0], q.dtype, query_shape, device));
+    p.grad_query = output("grad_query", tensors[1], query_shape);
+    p.grad_key = output("grad_key", tensors[2], key_shape);
+    p.grad_value = output("grad_value", tensors[3], key_shape);
+  }
+  if (!cuda::takes_many_queries(p)) {
+    throw py::value_error(
+        "query, key and value must be bfloat16 or float16, with rows at 16-byte boundaries, head "
+        "sizes up to 128 and a positive scale, for the kernels of many queries");
+  }
+  const cuda::DeviceGuard guard(device);
+  Workspace workspace{allocate, {}};
+  if (backward) {
+    cuda::many_queries_backward(p, packed, std::ref(workspace), stream_of(stream));
+  } else {
+    float* sums = static_cast<float*>(const_cast<void*>(p.lse));
+    cuda::many_queries_forward(p, packed, sums, std::ref(workspace), stream_of(stream));
+  }
+}
+
 void cuda_select_visual_tokens(py::object mass, double ratio, py::object num_visual, py::object out,
                                uintptr_t stream) {
   const int device = device_of("mass", mass);
@@ -284,6 +367,7 @@ void cuda_append_visual(py::object key_cache, py::object value_cache, py::object
 void define_cuda(py::module_& module) {
   module.def("cuda_routed_attention", &cuda_routed_attention);
   module.def("cuda_visual_mass", &cuda_visual_mass);
+  module.def("cuda_many_queries", &cuda_many_queries);
   module.def("cuda_select_visual_tokens", &cuda_select_visual_tokens);
   module.def("cuda_append_visual_", &cuda_append_visual);
 }

@@ -15,6 +15,8 @@ namespace cuda {
 // wait_for_previous_kernel, and that one let_next_kernel_start.
 enum class Overlap { kNo, kYes };
 
+inline int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 #if defined(__CUDACC__)
 
 inline void check(cudaError_t status, const char* what) {

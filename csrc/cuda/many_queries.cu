@@ -1,14 +1,12 @@
 // routed_attention with many queries by kernels of our own, forward and backward: how a call is
 // cut, and its workspace.
 #include "launch.h"
-#include "routed_attention_backward.cuh"
-#include "routed_attention_prefill.cuh"
+#include "many_queries_instances.h"
+#include "many_queries_marks.cuh"
 
 namespace lookagain {
 namespace cuda {
 namespace {
-
-int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cuts one allocation into pieces of 256 bytes and more.
 class Carver {
@@ -68,70 +66,14 @@ void mark(const ManyLaunch& a, Stream stream) {
   launch<&list_keys>("list_keys", a.p.batch * a.num_lists(), kThreads, kWarps * 4, stream, a);
 }
 
-template <typename T, int kDim>
-void run_prefill(ManyLaunch& a, const Allocate& allocate, Stream stream) {
-  using Kernel = Prefill<T, kDim>;
-  Carver carver;
-  take_marks(a, carver);
-  carver.allocate(allocate);
-  mark(a, stream);
-  a.held_blocks = static_cast<int>(ceiling(a.p.queries * a.group, Kernel::kRows));
-  launch<&routed_attention_prefill<T, kDim>>("routed_attention_prefill",
-                                             a.p.batch * a.p.key_heads * a.held_blocks, kThreads,
-                                             Kernel::shared_bytes(a.p.visual.half), stream, a);
-}
-
 // So many that the blocks that see most end with the others, but each has some tiles to do.
-int choose_pieces(const ManyLaunch& a, int64_t blocks) {
+int choose_pieces(const ManyLaunch& a) {
+  const int64_t blocks = a.p.batch * a.p.key_heads * ceiling(a.p.keys, kHeldRows);
   const int64_t waves = a.p.visual.num_reinjections > 0 ? 4 : 2;
   const int64_t slots = waves * 2 * current_device().multiprocessors;
   const int64_t most = ceiling(a.p.queries * a.group, 512);
   const int64_t pieces = ceiling(slots, blocks);
   return static_cast<int>(pieces < most ? pieces : most);
-}
-
-template <typename T, int kDim>
-void run_backward(ManyLaunch& a, const Allocate& allocate, Stream stream) {
-  const RoutedAttentionBackwardParams& p = a.p;
-  const int64_t heads = p.batch * p.key_heads, key_blocks = ceiling(p.keys, Held<T, kDim>::kRows);
-  const int64_t rows = a.rows_of_tensors * p.query_heads * a.tokens;
-  a.pieces = choose_pieces(a, heads * key_blocks);
-  const int64_t sums = a.pieces * p.key_heads * a.num_keys();
-  Carver carver;
-  take_marks(a, carver);
-  carver.take(&a.delta, rows);
-  carver.take(&a.sums, a.pieces > 1 ? 2 * sums * p.head_dim : 0);
-  carver.take(&a.key_mass, p.mass != nullptr ? sums : 0);
-  carver.allocate(allocate);
-  mark(a, stream);
-  launch<&grad_delta<T>>("grad_delta", ceiling(rows, kWarps), kThreads, 0, stream, a);
-  a.held_blocks = static_cast<int>(key_blocks);
-  launch<&grad_key_value<T, kDim>>("grad_key_value", heads * key_blocks * a.pieces, kThreads,
-                                   KeyGradients<T, kDim>::shared_bytes(p.visual.half), stream, a);
-  a.held_blocks = static_cast<int>(ceiling(p.queries * a.group, Held<T, kDim>::kRows));
-  launch<&grad_query<T, kDim>>("grad_query", heads * a.held_blocks, kThreads,
-                               QueryGradients<T, kDim>::shared_bytes(p.visual.half), stream, a);
-  if (a.pieces > 1) {
-    launch<&grad_combine<T>>("grad_combine",
-                             ceiling(p.key_heads * a.num_keys() * p.head_dim, kThreads), kThreads,
-                             0, stream, a);
-  }
-  if (p.mass != nullptr) {
-    launch<&grad_mass>("grad_mass", ceiling(heads * p.keys, kThreads), kThreads, 0, stream, a);
-  }
-}
-
-// Calls run<element type, head size compiled for>.
-template <typename Run>
-void dispatch(const AttentionSizes& p, Run run) {
-  const auto with_type = [&](auto element) {
-    using T = decltype(element);
-    if (p.head_dim <= 64) return run(T{}, std::integral_constant<int, 64>());
-    if (p.head_dim <= 96) return run(T{}, std::integral_constant<int, 96>());
-    return run(T{}, std::integral_constant<int, 128>());
-  };
-  if (p.dtype == DType::kBFloat16) return with_type(BFloat16{});
-  return with_type(Float16{});
 }
 
 }  // namespace
@@ -148,19 +90,36 @@ void many_queries_forward(const RoutedAttentionBackwardParams& p, const PackedRo
                           float* lse, const Allocate& allocate, Stream stream) {
   if (p.batch * p.key_heads * p.queries == 0) return;
   ManyLaunch a = describe(p, packed, lse);
-  dispatch(p, [&](auto element, auto dim) {
-    run_prefill<decltype(element), decltype(dim)::value>(a, allocate, stream);
-  });
+  Carver carver;
+  take_marks(a, carver);
+  carver.allocate(allocate);
+  mark(a, stream);
+  a.held_blocks = static_cast<int>(ceiling(a.p.queries * a.group, kPrefillRows));
+  if (p.dtype == DType::kBFloat16) return launch_prefill<BFloat16>(a, stream);
+  launch_prefill<Float16>(a, stream);
 }
 
 void many_queries_backward(const RoutedAttentionBackwardParams& p, const PackedRows& packed,
                            const Allocate& allocate, Stream stream) {
   if (p.batch * p.key_heads * p.queries == 0) return;
-  float* lse = static_cast<float*>(const_cast<void*>(p.lse));
-  ManyLaunch a = describe(p, packed, lse);
-  dispatch(p, [&](auto element, auto dim) {
-    run_backward<decltype(element), decltype(dim)::value>(a, allocate, stream);
-  });
+  ManyLaunch a = describe(p, packed, static_cast<float*>(const_cast<void*>(p.lse)));
+  a.pieces = choose_pieces(a);
+  const int64_t sums = a.pieces * p.key_heads * a.num_keys();
+  Carver carver;
+  take_marks(a, carver);
+  carver.take(&a.delta, a.rows_of_tensors * p.query_heads * a.tokens);
+  carver.take(&a.sums, a.pieces > 1 ? 2 * sums * p.head_dim : 0);
+  carver.take(&a.key_mass, p.mass != nullptr ? sums : 0);
+  carver.allocate(allocate);
+  mark(a, stream);
+  if (p.dtype == DType::kBFloat16) {
+    launch_gradients<BFloat16>(a, stream);
+  } else {
+    launch_gradients<Float16>(a, stream);
+  }
+  if (p.mass == nullptr) return;
+  launch<&grad_mass>("grad_mass", ceiling(a.p.batch * p.key_heads * a.p.keys, kThreads), kThreads,
+                     0, stream, a);
 }
 
 }  // namespace cuda

@@ -21,7 +21,9 @@
 namespace lookagain {
 namespace cuda {
 
-constexpr int kPiece = 8;  // elements of a 16-byte access
+constexpr int kPiece = 8;                  // elements of a 16-byte access
+constexpr int kHeldRows = 16 * kWarps;     // of a block of the backward
+constexpr int kPrefillRows = 32 * kWarps;  // and of the forward
 
 struct ManyLaunch {
   RoutedAttentionBackwardParams p;  // the forward leaves the gradients empty
@@ -104,57 +106,6 @@ struct Row {
     return a.lists + list * a.num_keys() + place_of_key(a, 0);
   }
 };
-
-// Which keys are visual, and which re-injections show them. A thread for each key.
-__global__ void __launch_bounds__(kThreads) mark_keys(const ManyLaunch a) {
-  const VisualParams& visual = a.p.visual;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const Row row(a, index / a.p.keys < a.p.batch ? index / a.p.keys : 0);
-  const int64_t key = index % a.p.keys;
-  if (index / a.p.keys >= a.p.batch || key >= row.slots) return;
-  int64_t token = -1;
-  if (key < row.keys.end) {
-    for_each_visual_run(row_spans(visual, row.number), visual.num_spans, key, key + 1,
-                        [&](int64_t, int64_t number, int64_t) { token = number; });
-  }
-  uint32_t bits = 0;
-  for (int r = 0; token >= 0 && r < visual.num_reinjections; ++r) {
-    const bool ever = visual.start[row.number * visual.num_reinjections + r] != kNever;
-    const uint8_t* selected = row_selected(visual, row.number, r);
-    if (ever && is_shown(visual, selected, static_cast<int32_t>(token))) bits |= 1u << r;
-  }
-  a.token[row.place_of_key(a, key)] = static_cast<int32_t>(token);
-  a.shown[row.place_of_key(a, key)] = bits;
-}
-
-// The keys that a re-injection shows, in order. A block for each row and list.
-__global__ void __launch_bounds__(kThreads) list_keys(const ManyLaunch a) {
-  int* found = reinterpret_cast<int*>(dynamic_shared());  // by each warp
-  const int64_t lists = a.num_lists(), list = blockIdx.x % lists;
-  const Row row(a, blockIdx.x / lists);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int32_t* to = a.lists + list * a.num_keys() + row.place_of_key(a, 0);
-  int count = 0;
-  for (int first = 0; first < row.keys.end; first += kThreads) {
-    const int key = first + static_cast<int>(threadIdx.x);
-    bool shows = false;
-    if (key < row.keys.end) {
-      const int64_t at = row.place_of_key(a, key);
-      shows = a.p.visual.selected == nullptr ? a.token[at] >= 0 : (a.shown[at] >> list & 1) != 0;
-    }
-    const uint32_t mine = ballot(shows);
-    if (lane == 0) found[warp] = count_bits(mine);
-    __syncthreads();
-    int before = count;
-    for (int w = 0; w < kWarps; ++w) {
-      before += w < warp ? found[w] : 0;
-      count += found[w];
-    }
-    if (shows) to[before + count_bits(mine & ((1u << lane) - 1))] = key;
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) a.counts[row.number * lists + list] = count;
-}
 
 // Rotation by `shift`, one entry for each frequency. By all threads; visible after a barrier.
 LA_DEVICE void make_table(const VisualParams& visual, int32_t shift, float2* table) {

@@ -27,7 +27,7 @@ namespace cuda {
 
 template <typename T, int kDim>
 struct Held {
-  static constexpr int kRows = 16 * kWarps;
+  static constexpr int kRows = kHeldRows;
   static constexpr int kPitch = kDim + kPiece;
   static constexpr int kSteps = kDim / 16, kColumns = kDim / 8;
   static constexpr int kRoom = 16 * (kDim + 4);  // floats that a warp turns its sums in
@@ -259,8 +259,8 @@ struct KeyGradients : Held<T, kDim> {
         p(launch.p),
         piece(static_cast<int>(blockIdx.x % launch.pieces)),
         first_key(static_cast<int>(blockIdx.x / launch.pieces % launch.held_blocks) * H::kRows),
-        key_head(static_cast<int>(blockIdx.x / launch.pieces / launch.held_blocks %
-                                   launch.p.key_heads)),
+        key_head(
+            static_cast<int>(blockIdx.x / launch.pieces / launch.held_blocks % launch.p.key_heads)),
         row(launch, blockIdx.x / launch.pieces / launch.held_blocks / launch.p.key_heads),
         lane(threadIdx.x % 32),
         warp(threadIdx.x / 32),
@@ -295,7 +295,8 @@ struct KeyGradients : Held<T, kDim> {
       const QueryRow at(a, first_row + n);
       if (at.query >= row.queries) return {nullptr, nullptr};
       const int head = key_head * a.group + at.head;
-      return {row.at<const T>(p.query, head, at.query), row.at<const T>(p.grad_out, head, at.query)};
+      return {row.at<const T>(p.query, head, at.query),
+              row.at<const T>(p.grad_out, head, at.query)};
     });
     copy_async_commit();
     if (threadIdx.x >= kTileRows) return;
@@ -528,22 +529,6 @@ __global__ void __launch_bounds__(kThreads) grad_combine(const ManyLaunch a) {
   T* to =
       head_row<T>(values ? p.grad_value : p.grad_key, head / p.key_heads, head % p.key_heads, key);
   *reinterpret_cast<uint32_t*>(to + at % p.head_dim) = pack<T>(one, other);
-}
-
-// Adds the pieces' sums over a visual key to its token's mass. A thread for each key.
-__global__ void __launch_bounds__(kThreads) grad_mass(const ManyLaunch a) {
-  const RoutedAttentionBackwardParams& p = a.p;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= p.batch * p.key_heads * p.keys) return;
-  const int64_t key = index % p.keys, head = index / p.keys % p.key_heads;
-  const Row row(a, index / p.keys / p.key_heads);
-  if (key >= row.slots) return;
-  const int32_t token = a.token[row.place_of_key(a, key)];
-  if (token < 0 || token >= p.num_visual) return;
-  const float* from = a.key_mass + row.place_of_key(a, head, key);
-  float sum = 0;
-  for (int piece = 0; piece < a.pieces; ++piece) sum += from[piece * p.key_heads * a.num_keys()];
-  p.mass[row.number * p.mass_batch_stride + head * p.mass_head_stride + token] += sum;
 }
 
 }  // namespace cuda

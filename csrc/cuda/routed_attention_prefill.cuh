@@ -19,7 +19,8 @@ template <typename T, int kDim>
 struct Prefill {
   static constexpr int kTiles = 2;  // of 16 rows, for a warp
   static constexpr int kMine = 16 * kTiles;
-  static constexpr int kRows = kWarps * kMine;
+  static constexpr int kRows = kPrefillRows;
+  static_assert(kRows == kWarps * kMine, "whole warps");
   static constexpr int kPitch = kDim + kPiece;
   static constexpr int kKeys = kDim > 64 ? 32 : 64;  // that pass by together
   static constexpr int kSteps = kDim / 16, kColumns = kDim / 8, kBlocks = kKeys / 8;

@@ -99,9 +99,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, shaped as they are."""
     if _cuda_many.is_chosen(query, key, value, scale):
-        return _cuda_many.backward(
-            grad_out, query, key, value, out, lse, fields, scale, bounds
-        )
+        return _cuda_many.backward(grad_out, query, key, value, out, lse, fields, scale, bounds)
     layout = _layouts.read(query, key, fields, bounds)
     grad_out, query, key, value, out = (
         x.transpose(1, 2) for x in (grad_out, query, key, value, out)

@@ -6,8 +6,6 @@
 // host tools (AddressSanitizer, valgrind) see those to global memory. Nothing here is about speed.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -18,6 +16,7 @@
 #include <vector>
 
 #include "core/types.h"
+#include "fibre.h"
 
 #define LA_DEVICE inline
 #define __global__
@@ -50,7 +49,7 @@ struct Copy {
 };
 
 struct Fibre {
-  ucontext_t context;
+  Stack context;
   std::vector<char> stack;
   dim3 thread;
   bool done = false;
@@ -63,6 +62,9 @@ struct Fibre {
 struct Warp {
   // Two generations, so that a fast lane's next operation leaves the slow lane's values alone.
   uint64_t slots[2][32][4];
+  float numbers[2][32][12];  // operands of a product, as lanes hold them
+  long arrivals = 0;         // of all lanes at barriers
+  bool ended = false;        // some lane
 };
 
 struct Block {
@@ -70,7 +72,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<char> shared;
   dim3 index, grid, size;
-  ucontext_t scheduler;
+  Stack scheduler;
   int current = 0;
 };
 
@@ -90,7 +92,7 @@ inline long& instructions() {  // warp-wide operations, to see that a test ran w
 inline Fibre& fibre() { return block()->fibres[block()->current]; }
 inline int lane() { return block()->current % 32; }
 inline Warp& warp() { return block()->warps[block()->current / 32]; }
-inline void give_way() { swapcontext(&fibre().context, &block()->scheduler); }
+inline void give_way() { fibre().context.change_to(block()->scheduler); }
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulator: %s\n", what);
@@ -99,16 +101,16 @@ inline void give_way() { swapcontext(&fibre().context, &block()->scheduler); }
 
 inline void warp_barrier() {
   Block& b = *block();
-  const int first = b.current / 32 * 32;
-  const long mine = ++fibre().warp_barriers;
-  for (;;) {
-    bool all = true;
-    for (int i = first; i < first + 32; ++i) {
-      if (b.fibres[i].done && b.fibres[i].warp_barriers < mine)
+  Warp& mine = warp();
+  const long wanted = ++fibre().warp_barriers;
+  ++mine.arrivals;
+  // No lane comes to its next barrier before all have come to this one.
+  while (mine.arrivals < 32 * wanted) {
+    const int first = b.current / 32 * 32;
+    for (int i = first; mine.ended && i < first + 32; ++i) {
+      if (b.fibres[i].done && b.fibres[i].warp_barriers < wanted)
         fail("a lane ended while its warp waits for it");
-      all = all && b.fibres[i].warp_barriers >= mine;
     }
-    if (all) return;
     give_way();
   }
 }
@@ -172,7 +174,7 @@ inline void enter() {
     }
     if (!fibre().open.empty()) fail("a thread ended with copies it did not commit");
   }
-  fibre().done = true;
+  fibre().done = warp().ended = true;
   for (;;) give_way();
 }
 
@@ -193,6 +195,10 @@ inline void run(dim3 grid, int threads, size_t shared_bytes, const std::function
       for (unsigned x = 0; x < grid.x; ++x) {
         b.index = dim3(x, y, z);
         b.shared.assign(shared_bytes, static_cast<char>(0xff));
+        for (Warp& warp : b.warps) {
+          warp.arrivals = 0;
+          warp.ended = false;
+        }
         for (int i = 0; i < threads; ++i) {
           Fibre& f = b.fibres[i];
           f.done = false;
@@ -200,11 +206,7 @@ inline void run(dim3 grid, int threads, size_t shared_bytes, const std::function
           f.block_barriers = f.warp_barriers = 0;
           f.groups.clear();
           f.open.clear();
-          getcontext(&f.context);
-          f.context.uc_stack.ss_sp = f.stack.data();
-          f.context.uc_stack.ss_size = f.stack.size();
-          f.context.uc_link = &b.scheduler;
-          makecontext(&f.context, enter, 0);
+          f.context.prepare(f.stack, enter);
         }
         for (int left = threads; left > 0;) {
           seed() = seed() * 6364136223846793005ull + 1442695040888963407ull;
@@ -212,7 +214,7 @@ inline void run(dim3 grid, int threads, size_t shared_bytes, const std::function
           for (int i : order) {
             if (b.fibres[i].done) continue;
             b.current = i;
-            swapcontext(&b.scheduler, &b.fibres[i].context);
+            b.scheduler.change_to(b.fibres[i].context);
             if (b.fibres[i].done) --left;
           }
         }
@@ -299,24 +301,22 @@ inline uint32_t transpose(uint32_t x) {
 }
 
 template <typename T>
-float element(uint64_t packed, int index) {
-  return to_float(T{static_cast<uint16_t>(packed >> (16 * index))});
-}
-
-template <typename T>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const emulator::Exchange all({a[0] | static_cast<uint64_t>(a[1]) << 32,
-                                a[2] | static_cast<uint64_t>(a[3]) << 32,
-                                b0 | static_cast<uint64_t>(b1) << 32});
+  const uint32_t registers[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  float (*numbers)[12] = emulator::warp().numbers[(emulator::fibre().warp_barriers + 1) % 2];
+  for (int i = 0; i < 12; ++i) {
+    const uint16_t bits = static_cast<uint16_t>(registers[i / 2] >> (16 * (i % 2)));
+    numbers[emulator::lane()][i] = to_float(T{bits});
+  }
+  const emulator::Exchange all({});
   for (int i = 0; i < 4; ++i) {
     const int row = emulator::lane() / 4 + 8 * (i / 2), column = 2 * (emulator::lane() % 4) + i % 2;
     double sum = c[i];
     for (int k = 0; k < 16; ++k) {
       // a: register (row >= 8) + 2 (k >= 8) of lane 4 (row % 8) + k % 8 / 2; b: register k >= 8.
-      const uint64_t left = all.slots[4 * (row % 8) + k % 8 / 2][k / 8];
-      const uint64_t right = all.slots[4 * column + k % 8 / 2][2];
-      sum += static_cast<double>(element<T>(left, 2 * (row / 8) + k % 2)) *
-             element<T>(right, 2 * (k / 8) + k % 2);
+      const float left = numbers[4 * (row % 8) + k % 8 / 2][2 * (row / 8 + 2 * (k / 8)) + k % 2];
+      const float right = numbers[4 * column + k % 8 / 2][8 + 2 * (k / 8) + k % 2];
+      sum += static_cast<double>(left) * right;
     }
     c[i] = static_cast<float>(sum);
   }

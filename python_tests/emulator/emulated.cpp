@@ -14,6 +14,8 @@ const Device& current_device() { return emulated_device(); }
 }  // namespace lookagain
 
 #include "cuda/many_queries.cu"
+#include "cuda/many_queries_bfloat16.cu"
+#include "cuda/many_queries_float16.cu"
 #include "cuda/reinjection.cu"
 #include "cuda/routed_attention.cu"
 #include "cuda/routed_attention_bfloat16.cu"
