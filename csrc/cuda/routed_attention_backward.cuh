@@ -243,10 +243,9 @@ struct KeyGradients : Held<T, kDim> {
 
   const ManyLaunch& a;
   const RoutedAttentionBackwardParams& p;
-  int piece, first_key;
-  int key_head;
+  int first_key, key_head;
   Row row;
-  int lane, warp, dim, half;
+  int lane, warp;
   T *ring, *values;
   float* of_rows;
   float2* table;
@@ -257,15 +256,12 @@ struct KeyGradients : Held<T, kDim> {
   LA_DEVICE explicit KeyGradients(const ManyLaunch& launch)
       : a(launch),
         p(launch.p),
-        piece(static_cast<int>(blockIdx.x % launch.pieces)),
         first_key(static_cast<int>(blockIdx.x / launch.pieces % launch.held_blocks) * H::kRows),
         key_head(
             static_cast<int>(blockIdx.x / launch.pieces / launch.held_blocks % launch.p.key_heads)),
         row(launch, blockIdx.x / launch.pieces / launch.held_blocks / launch.p.key_heads),
         lane(threadIdx.x % 32),
-        warp(threadIdx.x / 32),
-        dim(static_cast<int>(launch.p.head_dim)),
-        half(static_cast<int>(launch.p.visual.half)) {
+        warp(threadIdx.x / 32) {
     ring = reinterpret_cast<T*>(dynamic_shared());
     values = reinterpret_cast<T*>(dynamic_shared() + kRing);
     of_rows = reinterpret_cast<float*>(dynamic_shared() + kRowsAt);
@@ -279,6 +275,10 @@ struct KeyGradients : Held<T, kDim> {
     return place(j) < row.slots && (a.shown[row.place_of_key(a, place(j))] >> r & 1) != 0;
   }
 
+  LA_DEVICE int dim() const { return static_cast<int>(p.head_dim); }
+  LA_DEVICE int half() const { return static_cast<int>(p.visual.half); }
+  LA_DEVICE int piece() const { return static_cast<int>(blockIdx.x) % a.pieces; }
+
   // Keys that nobody sees are not read, and count as zeros.
   LA_DEVICE const T* key_at(const HeadsView& view, int n) const {
     const int slot = first_key + n;
@@ -291,7 +291,7 @@ struct KeyGradients : Held<T, kDim> {
 
   LA_DEVICE void fetch(int first_row, int turn, int first_query) {
     T* to = ring + turn * 2 * kTile;
-    copy_two<T, kDim, kTileRows>(to, to + kTile, dim, p.query.data, [&](int n) -> TwoRows<T> {
+    copy_two<T, kDim, kTileRows>(to, to + kTile, dim(), p.query.data, [&](int n) -> TwoRows<T> {
       const QueryRow at(a, first_row + n);
       if (at.query >= row.queries) return {nullptr, nullptr};
       const int head = key_head * a.group + at.head;
@@ -316,7 +316,7 @@ struct KeyGradients : Held<T, kDim> {
   // block that are shown; `from` has for each of this lane's keys the first query that sees it.
   LA_DEVICE void sight(int first, int last, const int (&from)[2]) {
     const int rows_end = row.queries * a.group, step = a.pieces * kTileRows;
-    int at = (first * a.group / kTileRows + piece) * kTileRows, turn = 0;
+    int at = (first * a.group / kTileRows + piece()) * kTileRows, turn = 0;
     if (at < rows_end) fetch(at, turn, first);
     for (; at < rows_end; at += step, turn ^= 1) {
       if (at + step < rows_end) {
@@ -380,12 +380,13 @@ struct KeyGradients : Held<T, kDim> {
   LA_DEVICE void turn(int32_t from, int32_t to, bool keys_too) {
     make_table(p.visual, to - from, table);
     __syncthreads();
-    turn_sums(grad_key, reinterpret_cast<float*>(ring) + warp * H::kRoom, table, half);
+    turn_sums(grad_key, reinterpret_cast<float*>(ring) + warp * H::kRoom, table, half());
     __syncthreads();
     if (!keys_too) return;
     make_table(p.visual, to, table);
     __syncthreads();
-    turn_rows<T, kDim, H::kRows>(ring, dim, table, half, [&](int n) { return key_at(p.key, n); });
+    turn_rows<T, kDim, H::kRows>(ring, dim(), table, half(),
+                                 [&](int n) { return key_at(p.key, n); });
     __syncthreads();
     load_left<T>(key, ring + warp * 16 * H::kPitch, H::kPitch);
     __syncthreads();
@@ -393,7 +394,7 @@ struct KeyGradients : Held<T, kDim> {
 
   LA_DEVICE void run() {
     if (first_key >= row.slots) return;
-    copy_two<T, kDim, H::kRows>(ring, values, dim, p.key.data, [&](int n) -> TwoRows<T> {
+    copy_two<T, kDim, H::kRows>(ring, values, dim(), p.key.data, [&](int n) -> TwoRows<T> {
       return {key_at(p.key, n), key_at(p.value, n)};
     });
     copy_async_commit();
@@ -451,14 +452,14 @@ struct KeyGradients : Held<T, kDim> {
       if (place(j) >= row.slots) continue;
       const int64_t at = row.place_of_key(a, key_head, place(j));
       const int64_t size = p.key_heads * a.num_keys();
-      if (p.mass != nullptr && lane % 4 == 0) a.key_mass[piece * size + at] = sum;
+      if (p.mass != nullptr && lane % 4 == 0) a.key_mass[piece() * size + at] = sum;
       if (a.sums == nullptr) {
         store_row(row.at<T>(p.grad_key, key_head, place(j)), grad_key, j, scale);
         store_row(row.at<T>(p.grad_value, key_head, place(j)), grad_value, j, 1.0f);
       } else {
-        float* to = a.sums + (piece * size + at) * dim;
+        float* to = a.sums + (piece() * size + at) * dim();
         store_row(to, grad_key, j, scale);
-        store_row(to + a.pieces * size * dim, grad_value, j, 1.0f);
+        store_row(to + a.pieces * size * dim(), grad_value, j, 1.0f);
       }
     }
   }
@@ -468,7 +469,7 @@ struct KeyGradients : Held<T, kDim> {
     to += 2 * (lane % 4);
 #pragma unroll
     for (int n = 0; n < H::kColumns; ++n) {
-      if (8 * n >= dim) continue;
+      if (8 * n >= dim()) continue;
       const float one = grad[n][2 * j] * scale, other = grad[n][2 * j + 1] * scale;
       if constexpr (sizeof(To) == 4) {
         *reinterpret_cast<float2*>(to + 8 * n) = make_float2(one, other);
