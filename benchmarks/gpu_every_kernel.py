@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lookagain_ext import VisualContext, ops, reference
+from lookagain_ext.ops import _cuda_many
 
 DEVICE = "cuda"
 BATCH, HEADS, KEYS, TOKENS = 2, 2, 300, 90
@@ -98,6 +99,39 @@ def mass(dtype: torch.dtype, size: int, groups: int = 7, aligned: bool = True) -
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
 
 
+def training(dtype: torch.dtype, size: int, packed: bool = False) -> None:
+    """Forward and backward with many queries by our own kernels, and the mass within it."""
+    heads = (HEADS * 3, HEADS, HEADS)
+    batch, keys = (1, 2 * QUERIES) if packed else (BATCH, QUERIES)
+    tensors = [torch.randn(batch, n, keys, size, device=DEVICE, dtype=dtype) for n in heads]
+    inv_freq = 1e4 ** -(torch.arange(size // 2, device=DEVICE) / (size // 2))
+    everyone = torch.ones(BATCH, dtype=torch.bool, device=DEVICE)
+    spans = torch.tensor([[[2, 10], [15, 12]]] * BATCH, dtype=torch.int32, device=DEVICE)
+    visual = VisualContext.from_spans(spans, inv_freq)
+    for shift, start in ((40, 30), (60, QUERIES - 9)):
+        chosen = torch.rand(BATCH, 22, device=DEVICE) < 0.6
+        visual = visual.reinject(everyone, shift, start, chosen)
+    fields = (visual.spans, visual.inv_freq, visual.shift, visual.start, visual.selected)
+    fields, scale = (None, None, *fields), size**-0.5
+    bounds = (0, QUERIES, 2 * QUERIES) if packed else None
+    out, lse = _cuda_many.forward(*tensors, fields, scale, bounds)
+    mass = torch.zeros(BATCH, HEADS, 22, device=DEVICE)
+    grads = _cuda_many.backward(out, *tensors, out, lse, fields, scale, bounds, mass)
+    for row in range(BATCH):
+        part = slice(row * QUERIES, (row + 1) * QUERIES) if packed else slice(None)
+        mine = 0 if packed else row
+        inputs = [x[mine : mine + 1, :, part].detach().requires_grad_() for x in tensors]
+        expected_mass = torch.zeros(1, HEADS, 22, device=DEVICE)
+        expected = reference.routed_attention(
+            *inputs, visual.row(row), scale=scale, visual_mass=expected_mass
+        )
+        upstream = out[mine : mine + 1, :, part]
+        found = [upstream, mass[row : row + 1], *(x[mine : mine + 1, :, part] for x in grads)]
+        wanted = [expected, expected_mass, *torch.autograd.grad(expected, inputs, upstream)]
+        for ours, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, other, atol=2e-2, rtol=2e-2)
+
+
 def append(dtype: torch.dtype, size: int) -> None:
     """append_visual_ of a selection."""
     batch, keys = 3, 200
@@ -130,6 +164,9 @@ def main() -> None:
         Attention(dtype, paged=16, groups=1, queries=40).check()
         for size in (64, 80, 128, 256):
             mass(dtype, size)
+        for size in (64, 80, 128):
+            training(dtype, size)
+        training(dtype, 128, packed=True)
         mass(dtype, 128, groups=1)
         mass(dtype, 128, aligned=False)
     Attention(torch.float32).check()

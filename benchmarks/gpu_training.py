@@ -29,11 +29,22 @@ from lookagain_ext import VisualContext, ops, reference
 from lookagain_ext.bench import table
 from lookagain_ext.bench.measure import Comparison, Row
 from lookagain_ext.bench.problems import MODELS, ModelShape
+from lookagain_ext.ops import _cuda_many
 
 from .gpu_kernels import row, same
 from .gpu_plots import plot_kernels
 from .gpu_timing import compare, describe
-from .gpu_training_peers import Attention, FlexAttention, LeftOut, Peer, first_line, peers, sdpa
+from .gpu_training_peers import (
+    Attention,
+    FlexAttention,
+    LeftOut,
+    Peer,
+    first_line,
+    index_fields,
+    own_kernels,
+    peers,
+    sdpa,
+)
 
 BFLOAT16 = torch.bfloat16
 FLOP_OF_PAIR = {"forward": 4, "backward": 10}  # times D, for a query head, query and key
@@ -293,11 +304,43 @@ def memory(setting: Setting, console: Console) -> Iterator[Row]:
 
 
 def mass(setting: Setting, console: Console) -> Iterator[Row]:
-    """visual_mass of the last half of the queries, beside the forward whose LSE it uses."""
+    """visual_mass of the last half of the queries, beside the forward whose LSE it uses; and as
+    column sums within the backward of our own kernels.
+    """
     del console
     for shape in setting.shapes:
-        if shape.again:
-            yield mass_of(setting, shape)
+        if not shape.again:
+            continue
+        yield mass_of(setting, shape)
+        try:
+            yield mass_within(setting, shape)
+        except LeftOut as reason:
+            yield Row.left_out(f"visual_mass {shape} within the backward", "own kernels", reason)
+
+
+def mass_within(setting: Setting, shape: Shape) -> Row:
+    """The row of one shape; raises LeftOut where there is no GPU."""
+    visual = setting.visual(shape)
+    own_kernels(visual, setting.device)
+    query, key, value, upstream = (x.detach() for x in setting.tensors(shape.length))
+    fields, scale = index_fields(visual), query.shape[-1] ** -0.5
+    out, lse = _cuda_many.forward(query, key, value, fields, scale)
+    counted = torch.arange(shape.length, device=setting.device)[None] >= shape.length // 2
+    total = torch.zeros(1, key.shape[1], shape.tokens, device=setting.device)
+
+    def backward(mass: Tensor | None) -> tuple[Tensor, ...]:
+        keywords = {"mass": mass, "counted": None if mass is None else counted}
+        tensors = (upstream, query, key, value, out, lse)
+        return _cuda_many.backward(*tensors, fields, scale, **keywords)
+
+    backward(total)
+    rows = torch.tensor([[[shape.length // 2, shape.length]]], device=setting.device).int()
+    same(total, ops.visual_mass(query, key, visual, rows, lse=lse)[:, 0])
+    calls = {"with": lambda: backward(total), "without": lambda: backward(None)}
+    timed = {name: setting.timed(call) for name, call in calls.items()}
+    comparison = compare(timed, setting.seconds)
+    name = f"visual_mass {shape} within the backward"
+    return row(name, "the same backward without", comparison, "with", "without", None, "")
 
 
 def mass_of(setting: Setting, shape: Shape) -> Row:

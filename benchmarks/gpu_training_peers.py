@@ -1,4 +1,4 @@
-"""What others compute a training step's attention with: SDPA, FlexAttention, flash-attn.
+"""What else computes a training step's attention: SDPA, FlexAttention, flash-attn, our own kernels.
 
 A kernel that knows causal masks only is given as much work as ours has: plain causal attention over
 a sequence so long that it has as many (query, key) pairs. FlexAttention is given the very same
@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lookagain_ext import VisualContext
+from lookagain_ext.ops import _cuda, _cuda_many
 from lookagain_ext.rope import turn
 
 if TYPE_CHECKING:
@@ -107,6 +108,41 @@ def appended(key: Tensor, value: Tensor, visual: VisualContext) -> tuple[Tensor,
     return torch.cat([key, copies], dim=2), torch.cat([value, *again], dim=2)
 
 
+class _OwnKernels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:  # noqa: ANN401 - autograd's own
+        *heads, visual = args
+        out, lse = _cuda_many.forward(*heads, index_fields(visual), heads[0].shape[-1] ** -0.5)
+        ctx.save_for_backward(*heads, out, lse)
+        ctx.visual = visual
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        query, *_ = saved = ctx.saved_tensors
+        fields, scale = index_fields(ctx.visual), query.shape[-1] ** -0.5
+        return *_cuda_many.backward(grad_out, *saved, fields, scale), None
+
+
+def own_kernels(visual: VisualContext | None, device: torch.device) -> Attention:
+    """Our kernels of one pass, which `LOOKAGAIN_CUDA_TRAINING=kernels` would choose.
+
+    Raises:
+        LeftOut: where there is no GPU.
+    """
+    if not _cuda.on_gpu(torch.empty(0, device=device)):
+        raise LeftOut("needs a GPU")
+    return lambda query, key, value: _OwnKernels.apply(query, key, value, visual)
+
+
+def index_fields(visual: VisualContext | None) -> tuple[Tensor | None, ...]:
+    """The context as those kernels take it, no row cut short."""
+    if visual is None:
+        return (None,) * 7
+    fields = (visual.spans, visual.inv_freq, visual.shift, visual.start, visual.selected)
+    return (None, None, *fields)
+
+
 class FlexAttention:
     """FlexAttention, compiled for each shape, as long as the time for that lasts.
 
@@ -173,6 +209,10 @@ def peers(
     plain = shape.again == 0
     for name, call in sdpa(setting.on_gpu).items():
         found[name] = Peer(call, same_work=plain)
+    try:
+        found["own kernels"] = Peer(own_kernels(visual, setting.device), same_work=True)
+    except LeftOut as reason:
+        found["own kernels"] = reason
     for name, module in FLASH_ATTENTION.items():
         try:
             found[name] = Peer(flash_attention(module), same_work=plain)

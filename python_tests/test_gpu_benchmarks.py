@@ -85,7 +85,21 @@ def test_training(run, tmp_path: Path) -> None:
     assert all(row["ratio"] > 0 for row in rows if "not measured: " not in row["note"])
     left_out = {row["against"] for row in rows if row["ratio"] is None}
     assert {"FlexAttention", "FlexAttention, copies appended"} <= left_out
-    assert all(against.startswith(("FlexAttention", "flash-attn")) for against in left_out)
+    elsewhere = ("FlexAttention", "flash-attn", "own kernels")
+    assert all(against.startswith(elsewhere) for against in left_out)
+
+
+def test_training_by_our_own_kernels(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have rows beside the library's way, and are compared with it first."""
+    emulated.install(monkeypatch)
+    out = tmp_path / "training.json"
+    options = ("--device", "cpu", "--small", "--seconds", "0.02", "--compile-seconds", "0")
+    run("benchmarks.gpu_training", *options, "--suite", "attention", "--out", str(out))
+    rows = [row for row in json.loads(out.read_text())["rows"] if "own kernels" in row["against"]]
+    assert len(rows) == 4 and all(row["ratio"] > 0 for row in rows)
+    run("benchmarks.gpu_training", *options, "--suite", "mass", "--out", str(out))
+    rows = [row for row in json.loads(out.read_text())["rows"] if "within" in row["name"]]
+    assert len(rows) == 1 and rows[0]["ratio"] > 0
 
 
 def test_training_step(run, tmp_path: Path) -> None:

@@ -211,3 +211,37 @@ def test_packed_mass_has_a_row_for_each_sequence(device: torch.device) -> None:
         exact = reference.visual_mass(query.double(), key.double(), context, rows, scale=0.2)
         exact = exact.sum(1)[0].float()
         torch.testing.assert_close(mass[number], exact, atol=2e-2, rtol=2e-2)
+
+
+def test_a_step_can_be_captured(
+    device: torch.device, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward in a CUDA graph, which nobody has to choose these kernels for."""
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs")
+    problem = FITTING[2].but(dtype=torch.bfloat16, poison=False).make(device)
+    expected = differentiate(ops.routed_attention, problem)
+    monkeypatch.setattr(_cuda_many, "choice", "auto")
+    inputs = [x.detach().clone().requires_grad_() for x in problem[:3]]
+    draw = torch.Generator().manual_seed(1)
+    weight = torch.randn(expected[0].shape, generator=draw, dtype=torch.float64).to(expected[0])
+
+    def step() -> list[Tensor]:
+        out, lse = ops.routed_attention(
+            *inputs, problem.visual, return_lse=True, **problem.kwargs()
+        )
+        return [out, lse, *torch.autograd.grad(out, inputs, weight)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert calls == ["forward", "backward"]  # the first way only: "auto" takes the library's
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    assert calls == ["forward", "backward"] * 2
+    graph.replay()
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b.view(a.shape))
