@@ -92,6 +92,11 @@ def test_training(run, tmp_path: Path) -> None:
 def test_training_by_our_own_kernels(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They have rows beside the library's way, and are compared with it first."""
     emulated.install(monkeypatch)
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import gpu_training
+
+    shapes = (gpu_training.Shape(64), gpu_training.Shape(64, 1, 16))
+    monkeypatch.setattr(gpu_training, "SMALL", shapes)
     out = tmp_path / "training.json"
     options = ("--device", "cpu", "--small", "--seconds", "0.02", "--compile-seconds", "0")
     run("benchmarks.gpu_training", *options, "--suite", "attention", "--out", str(out))

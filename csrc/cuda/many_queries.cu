@@ -78,12 +78,18 @@ int choose_pieces(const ManyLaunch& a) {
 
 }  // namespace
 
+// Rows that copies of 16 bytes reach, by strides that a kernel takes as 32 bits.
+bool fits(const HeadsView& view) {
+  constexpr int64_t kMost = INT32_MAX / 2;
+  return view.data == nullptr ||
+         (aligned(view) && view.row_stride <= kMost && view.head_stride <= kMost);
+}
+
 bool takes_many_queries(const RoutedAttentionBackwardParams& p) {
   const bool halves = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
   return halves && p.head_dim <= 128 && p.head_dim % 8 == 0 && p.scale > 0 &&
          p.queries * (p.query_heads / (p.key_heads > 0 ? p.key_heads : 1)) < (1 << 30) &&
-         aligned(p.query) && aligned(p.key) && aligned(p.value) && aligned(p.out) &&
-         (p.grad_out.data == nullptr || aligned(p.grad_out));
+         fits(p.query) && fits(p.key) && fits(p.value) && fits(p.out) && fits(p.grad_out);
 }
 
 void many_queries_forward(const RoutedAttentionBackwardParams& p, const PackedRows& packed,

@@ -51,59 +51,90 @@ struct ManyLaunch {
   LA_HD int64_t num_keys() const { return rows_of_tensors * key_tokens; }
 };
 
+// The rows of one tensor that a block reads. Strides fit into 31 bits, in bytes: a place is two
+// multiplications then, and a loop that copies nothing but rows is mostly that.
+template <typename T>
+struct Rows {
+  int64_t first;
+  int row_bytes, head_bytes;
+
+  // From head `head` and token `token` on.
+  LA_DEVICE Rows(const HeadsView& view, int64_t batch, int64_t head, int64_t token)
+      : first(reinterpret_cast<int64_t>(head_row<const T>(view, batch, head, token))),
+        row_bytes(static_cast<int>(view.row_stride * sizeof(T))),
+        head_bytes(static_cast<int>(view.head_stride * sizeof(T))) {}
+
+  LA_DEVICE const T* at(int head, int token, int feature = 0) const {
+    const int64_t place = multiply_add_wide(head, head_bytes, first + feature * 2);
+    return reinterpret_cast<const T*>(multiply_add_wide(token, row_bytes, place));
+  }
+};
+
+// Which row to read: there is one, of a head from the first on, at a token.
+struct Wanted {
+  bool there;
+  int head, token;
+};
+
 // One row: where it lies, and its keys.
 struct Row {
-  int number, batch, offset;  // offset: of its first token in the tensors
-  int queries, slots;
+  const ManyLaunch& a;
+  int number, offset;  // offset: of its first token in the tensors
+  int queries;
   RowKeys keys;
 
-  LA_DEVICE Row(const ManyLaunch& a, int64_t row)
-      : number(static_cast<int>(row)), batch(number), offset(0) {
+  LA_DEVICE Row(const ManyLaunch& launch, int64_t row)
+      : a(launch), number(static_cast<int>(row)), offset(0) {
     if (a.bounds == nullptr) {
       queries = static_cast<int>(a.p.queries);
-      slots = static_cast<int>(a.p.keys);
       keys = row_keys(a.p, row);
     } else {
-      batch = 0;
       offset = a.bounds[row];
-      queries = slots = a.bounds[row + 1] - offset;
-      keys = {0, slots, 0};
+      queries = a.bounds[row + 1] - offset;
+      keys = {0, queries, 0};
     }
   }
 
+  LA_DEVICE int64_t batch() const { return a.bounds == nullptr ? number : 0; }
+  LA_DEVICE int slots() const { return a.bounds == nullptr ? static_cast<int>(a.p.keys) : queries; }
   LA_DEVICE int position(int query) const { return keys.first_position + query; }
 
   template <typename T>
   LA_DEVICE T* at(const HeadsView& view, int64_t head, int64_t token) const {
-    return head_row<T>(view, batch, head, offset + token);
+    return head_row<T>(view, batch(), head, offset + token);
+  }
+  // Those of a tensor from head `head` on.
+  template <typename T>
+  LA_DEVICE Rows<T> rows(const HeadsView& view, int head) const {
+    return Rows<T>(view, batch(), head, offset);
   }
 
   // Place of a query in `lse` and `delta`.
-  LA_DEVICE int64_t place(const ManyLaunch& a, int64_t head, int query) const {
-    return (batch * a.p.query_heads + head) * a.tokens + (offset + query);
+  LA_DEVICE int64_t place(int64_t head, int query) const {
+    return (batch() * a.p.query_heads + head) * a.tokens + (offset + query);
   }
 
   // Place of a key in `token` and `shown`, and in what has one for each head.
-  LA_DEVICE int64_t place_of_key(const ManyLaunch& a, int64_t key) const {
-    return batch * a.key_tokens + offset + key;
+  LA_DEVICE int64_t place_of_key(int64_t key) const {
+    return batch() * a.key_tokens + offset + key;
   }
-  LA_DEVICE int64_t place_of_key(const ManyLaunch& a, int64_t head, int64_t key) const {
-    return (batch * a.p.key_heads + head) * a.key_tokens + offset + key;
+  LA_DEVICE int64_t place_of_key(int64_t head, int64_t key) const {
+    return (batch() * a.p.key_heads + head) * a.key_tokens + offset + key;
   }
 
-  LA_DEVICE int first_seeing(const ManyLaunch& a, int r) const {
+  LA_DEVICE int first_seeing(int r) const {
     const int32_t start = a.p.visual.start[number * a.p.visual.num_reinjections + r];
     return static_cast<int>(first_query_seeing(start, keys.end, queries));
   }
 
-  LA_DEVICE int32_t shift(const ManyLaunch& a, int r) const {
+  LA_DEVICE int32_t shift(int r) const {
     return a.p.visual.shift[number * a.p.visual.num_reinjections + r];
   }
 
-  LA_DEVICE const int32_t* list(const ManyLaunch& a, int r, int* count) const {
+  LA_DEVICE const int32_t* list(int r, int* count) const {
     const int64_t list = a.p.visual.selected == nullptr ? 0 : r;
     *count = a.counts[number * a.num_lists() + list];
-    return a.lists + list * a.num_keys() + place_of_key(a, 0);
+    return a.lists + list * a.num_keys() + place_of_key(0);
   }
 };
 
@@ -115,52 +146,58 @@ LA_DEVICE void make_table(const VisualParams& visual, int32_t shift, float2* tab
   }
 }
 
-// Rows of two tensors that belong together; null for zeros.
-template <typename T>
-struct TwoRows {
-  const T *one, *other;
-};
-
-// Begins to copy kRows rows of two tensors to shared memory; `rows_at(n)` gives rows n. `anything`
-// is a good address, which a copy of nothing must have too.
-template <typename T, int kDim, int kRows, typename RowsAt>
-LA_DEVICE void copy_two(T* to, T* to_other, int dim, const void* anything, RowsAt rows_at) {
-  constexpr int kPitch = kDim + kPiece, kPieces = kDim / kPiece;
+// Calls fn(row, offset in shared memory, feature) for the 16-byte pieces of kRows rows of a tile
+// that this thread copies: always at the same place of a row.
+template <int kDim, int kRows, typename Fn>
+LA_DEVICE void for_each_piece(Fn fn) {
+  constexpr int kPitch = kDim + kPiece, kPieces = kDim / kPiece, kAtOnce = kThreads / kPieces;
+  const int thread = threadIdx.x, feature = thread % kPieces * kPiece;
+  if (thread >= kAtOnce * kPieces) return;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
-    const int row = i / kPieces, feature = i % kPieces * kPiece, at = row * kPitch + feature;
-    const TwoRows<T> from = rows_at(row);
-    const bool there = from.one != nullptr && feature < dim;
-    copy_async(to + at, there ? from.one + feature : anything, there ? 16 : 0);
-    copy_async(to_other + at, there ? from.other + feature : anything, there ? 16 : 0);
-  }
+  for (int n = thread / kPieces; n < kRows; n += kAtOnce) fn(n, n * kPitch + feature, feature);
+}
+
+// Begins to copy kRows rows of two tensors to shared memory; `row_at(n)` says which row n is. What
+// is not there becomes zeros; a copy of nothing needs a good address too, the first row's.
+template <typename T, int kDim, int kRows, typename RowAt>
+LA_DEVICE void copy_two(T* to, T* to_other, int dim, const Rows<T>& one, const Rows<T>& other,
+                        RowAt row_at) {
+  for_each_piece<kDim, kRows>([&](int n, int at, int feature) {
+    const Wanted row = row_at(n);
+    const bool whole = feature < dim, there = row.there && whole;
+    const int head = row.there ? row.head : 0, token = row.there ? row.token : 0;
+    copy_async(to + at, one.at(head, token, whole ? feature : 0), there ? 16 : 0);
+    copy_async(to_other + at, other.at(head, token, whole ? feature : 0), there ? 16 : 0);
+  });
 }
 
 // Of one tensor.
 template <typename T, int kDim, int kRows, typename RowAt>
-LA_DEVICE void copy_rows(T* to, int dim, const void* anything, RowAt row_at) {
-  constexpr int kPitch = kDim + kPiece, kPieces = kDim / kPiece;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
-    const int row = i / kPieces, feature = i % kPieces * kPiece;
-    const T* from = row_at(row);
-    const bool there = from != nullptr && feature < dim;
-    copy_async(to + row * kPitch + feature, there ? from + feature : anything, there ? 16 : 0);
-  }
+LA_DEVICE void copy_rows(T* to, int dim, const Rows<T>& rows, RowAt row_at) {
+  for_each_piece<kDim, kRows>([&](int n, int at, int feature) {
+    const Wanted row = row_at(n);
+    const bool whole = feature < dim, there = row.there && whole;
+    const int head = row.there ? row.head : 0, token = row.there ? row.token : 0;
+    copy_async(to + at, rows.at(head, token, whole ? feature : 0), there ? 16 : 0);
+  });
 }
 
 // The same rows turned by `table`, at once; visible after a barrier.
 template <typename T, int kDim, int kRows, typename RowAt>
-LA_DEVICE void turn_rows(T* to, int dim, const float2* table, int half, RowAt row_at) {
+LA_DEVICE void turn_rows(T* to, int dim, const float2* table, int half, const Rows<T>& rows,
+                         RowAt row_at) {
   constexpr int kPitch = kDim + kPiece;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kRows * kDim; i += kThreads) {
-    const int row = i / kDim, d = i % kDim;
-    const T* from = row_at(row);
-    T* mine = to + row * kPitch;
-    if (from == nullptr || d >= dim) {
+    const int n = i / kDim, d = i % kDim;
+    const Wanted row = row_at(n);
+    T* mine = to + n * kPitch;
+    if (!row.there || d >= dim) {
       mine[d] = T{0};
-    } else if (d < half) {
+      continue;
+    }
+    const T* from = rows.at(row.head, row.token);
+    if (d < half) {
       const float one = to_float(from[d]), other = to_float(from[d + half]);
       mine[d] = from_float<T>(one * table[d].x - other * table[d].y);
       mine[d + half] = from_float<T>(other * table[d].x + one * table[d].y);

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kThreads) mark_keys(const ManyLaunch a) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const Row row(a, index / a.p.keys < a.p.batch ? index / a.p.keys : 0);
   const int64_t key = index % a.p.keys;
-  if (index / a.p.keys >= a.p.batch || key >= row.slots) return;
+  if (index / a.p.keys >= a.p.batch || key >= row.slots()) return;
   int64_t token = -1;
   if (key < row.keys.end) {
     for_each_visual_run(row_spans(visual, row.number), visual.num_spans, key, key + 1,
@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kThreads) mark_keys(const ManyLaunch a) {
     const uint8_t* selected = row_selected(visual, row.number, r);
     if (ever && is_shown(visual, selected, static_cast<int32_t>(token))) bits |= 1u << r;
   }
-  a.token[row.place_of_key(a, key)] = static_cast<int32_t>(token);
-  a.shown[row.place_of_key(a, key)] = bits;
+  a.token[row.place_of_key(key)] = static_cast<int32_t>(token);
+  a.shown[row.place_of_key(key)] = bits;
 }
 
 // The keys that a re-injection shows, in order. A block for each row and list.
@@ -34,13 +34,13 @@ __global__ void __launch_bounds__(kThreads) list_keys(const ManyLaunch a) {
   const int64_t lists = a.num_lists(), list = blockIdx.x % lists;
   const Row row(a, blockIdx.x / lists);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int32_t* to = a.lists + list * a.num_keys() + row.place_of_key(a, 0);
+  int32_t* to = a.lists + list * a.num_keys() + row.place_of_key(0);
   int count = 0;
   for (int first = 0; first < row.keys.end; first += kThreads) {
     const int key = first + static_cast<int>(threadIdx.x);
     bool shows = false;
     if (key < row.keys.end) {
-      const int64_t at = row.place_of_key(a, key);
+      const int64_t at = row.place_of_key(key);
       shows = a.p.visual.selected == nullptr ? a.token[at] >= 0 : (a.shown[at] >> list & 1) != 0;
     }
     const uint32_t mine = ballot(shows);
@@ -64,10 +64,10 @@ __global__ void __launch_bounds__(kThreads) grad_mass(const ManyLaunch a) {
   if (index >= p.batch * p.key_heads * p.keys) return;
   const int64_t key = index % p.keys, head = index / p.keys % p.key_heads;
   const Row row(a, index / p.keys / p.key_heads);
-  if (key >= row.slots) return;
-  const int32_t token = a.token[row.place_of_key(a, key)];
+  if (key >= row.slots()) return;
+  const int32_t token = a.token[row.place_of_key(key)];
   if (token < 0 || token >= p.num_visual) return;
-  const float* from = a.key_mass + row.place_of_key(a, head, key);
+  const float* from = a.key_mass + row.place_of_key(head, key);
   float sum = 0;
   for (int piece = 0; piece < a.pieces; ++piece) sum += from[piece * p.key_heads * a.num_keys()];
   p.mass[row.number * p.mass_batch_stride + head * p.mass_head_stride + token] += sum;

@@ -139,6 +139,13 @@ LA_DEVICE float log2_fast(float x) {
   return y;
 }
 
+// a b + c in one instruction; a compiler that moves the extension of `a` out of a loop needs five.
+LA_DEVICE int64_t multiply_add_wide(int32_t a, int32_t b, int64_t c) {
+  int64_t y;
+  asm("mad.wide.s32 %0, %1, %2, %3;\n" : "=l"(y) : "r"(a), "r"(b), "l"(c));
+  return y;
+}
+
 // Of pi x.
 LA_DEVICE void sine_cosine_pi(float x, float* sine, float* cosine) { sincospif(x, sine, cosine); }
 

@@ -13,7 +13,7 @@ struct QueryRow {
 
   template <typename Launch>
   LA_DEVICE QueryRow(const Launch& a, int row) {
-    query = static_cast<int>(static_cast<uint64_t>(row) * a.inverse >> 32);
+    query = static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(row)) * a.inverse >> 32);
     head = row - query * a.group;
     if (head >= a.group) {
       ++query;

@@ -61,10 +61,9 @@ struct Prefill {
     table = reinterpret_cast<float2*>(dynamic_shared() + kQueryBytes + 2 * kTileBytes);
   }
 
-  LA_DEVICE const T* query_at(int n) const {
+  LA_DEVICE Wanted query_at(int n) const {
     const QueryRow at(a, first_row + n);
-    if (at.query >= row.queries) return nullptr;
-    return row.at<const T>(p.query, key_head * a.group + at.head, at.query);
+    return {at.query < row.queries, at.head, at.query};
   }
 
   // Adds one sighting of `count` keys: those of `list`, or without one the keys from `begin` on.
@@ -72,10 +71,9 @@ struct Prefill {
   LA_DEVICE void sight(int count, const int32_t* list, int begin, const int (&limit)[kTiles][2],
                        int least) {
     const auto fetch = [&](T* to, const HeadsView& view, int first) {
-      copy_rows<T, kDim, kKeys>(to, dim, view.data, [&](int n) -> const T* {
-        if (first + n >= count) return nullptr;
-        const int slot = list == nullptr ? begin + first + n : list[first + n];
-        return row.at<const T>(view, key_head, slot);
+      copy_rows<T, kDim, kKeys>(to, dim, row.rows<T>(view, key_head), [&](int n) -> Wanted {
+        if (first + n >= count) return {false, 0, 0};
+        return {true, 0, list == nullptr ? begin + first + n : list[first + n]};
       });
       copy_async_commit();
     };
@@ -222,7 +220,7 @@ struct Prefill {
         }
         const QueryRow at(a, first_row + warp * kMine + n);
         if (lane % 4 == 0 && at.query < row.queries) {
-          a.lse[row.place(a, key_head * a.group + at.head, at.query)] =
+          a.lse[row.place(key_head * a.group + at.head, at.query)] =
               total > 0 ? (max[tile][j] + log2f(total)) * kLn2 : -INFINITY;
         }
       }
@@ -255,39 +253,40 @@ struct Prefill {
         for (int i = 0; i < 4; ++i) out[tile][n][i] = 0;
       }
     }
-    copy_rows<T, kDim, kRows>(queries, dim, p.query.data, [&](int n) { return query_at(n); });
+    const auto asking = [&](int n) { return query_at(n); };
+    copy_rows<T, kDim, kRows>(queries, dim, row.rows<T>(p.query, key_head * a.group), asking);
     copy_async_commit();
-    const int begin = row.keys.begin, seen = row.position(last_query) + 1 - begin;
-    int limit[kTiles][2];
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) limit[tile][j] = position[tile][j] + 1 - begin;
-    }
-    if (seen > 0) {
-      sight(seen, nullptr, begin, limit, row.position(first_query) + 1 - begin);
-    } else {
-      copy_async_wait<0>();
-      __syncthreads();
-    }
-    for (int r = 0; r < p.visual.num_reinjections; ++r) {
-      const int first = row.first_seeing(a, r);
-      int count = 0;
-      const int32_t* list = row.list(a, r, &count);
-      if (first > last_query || count == 0) continue;
-      make_table(p.visual, -row.shift(a, r), table);
-      __syncthreads();
-      turn_rows<T, kDim, kRows>(queries, dim, table, static_cast<int>(p.visual.half),
-                                [&](int n) { return query_at(n); });
-      __syncthreads();
+    copy_async_wait<0>();
+    __syncthreads();
+    const int begin = row.keys.begin;
+#pragma unroll 1
+    for (int r = -1; r < p.visual.num_reinjections; ++r) {
+      const int32_t* list = nullptr;
+      int count = row.position(last_query) + 1 - begin, limit[kTiles][2];
+      int least = row.position(first_query) + 1 - begin, first = 0;
+      if (r >= 0) {
+        first = row.first_seeing(r);
+        list = row.list(r, &count);
+        least = first_query >= first ? count : 0;
+        if (first > last_query) continue;
+      }
+      if (count <= 0) continue;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          limit[tile][j] = position[tile][j] >= row.position(first) ? count : 0;
+          const int mine = position[tile][j];
+          limit[tile][j] = r < 0 ? mine + 1 - begin : (mine >= row.position(first) ? count : 0);
         }
       }
-      sight(count, list, 0, limit, first_query >= first ? count : 0);
+      if (r >= 0) {
+        make_table(p.visual, -row.shift(r), table);
+        __syncthreads();
+        turn_rows<T, kDim, kRows>(queries, dim, table, static_cast<int>(p.visual.half),
+                                  row.rows<T>(p.query, key_head * a.group), asking);
+        __syncthreads();
+      }
+      sight(count, list, begin, limit, least);
     }
     store();
   }

@@ -67,10 +67,12 @@ struct Warp {
   bool ended = false;        // some lane
 };
 
+constexpr size_t kGuard = 256;
+
 struct Block {
   std::vector<Fibre> fibres;
   std::vector<Warp> warps;
-  std::vector<char> shared;
+  std::vector<char> shared;  // behind it kGuard bytes that nobody may write
   dim3 index, grid, size;
   Stack scheduler;
   int current = 0;
@@ -144,7 +146,7 @@ struct Exchange {
 inline void check_shared(const void* pointer, size_t bytes) {
   const char* p = static_cast<const char*>(pointer);
   const std::vector<char>& shared = block()->shared;
-  if (p < shared.data() || p + bytes > shared.data() + shared.size()) {
+  if (p < shared.data() || p + bytes > shared.data() + shared.size() - kGuard) {
     fail("access outside of shared memory");
   }
   if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) fail("misaligned shared access");
@@ -194,7 +196,7 @@ inline void run(dim3 grid, int threads, size_t shared_bytes, const std::function
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         b.index = dim3(x, y, z);
-        b.shared.assign(shared_bytes, static_cast<char>(0xff));
+        b.shared.assign(shared_bytes + kGuard, static_cast<char>(0xff));
         for (Warp& warp : b.warps) {
           warp.arrivals = 0;
           warp.ended = false;
@@ -217,6 +219,9 @@ inline void run(dim3 grid, int threads, size_t shared_bytes, const std::function
             b.scheduler.change_to(b.fibres[i].context);
             if (b.fibres[i].done) --left;
           }
+        }
+        for (size_t i = shared_bytes; i < b.shared.size(); ++i) {
+          if (b.shared[i] != static_cast<char>(0xff)) fail("written past the end of shared memory");
         }
       }
     }
@@ -329,6 +334,10 @@ uint32_t pack(float low, float high) {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
+
+inline int64_t multiply_add_wide(int32_t a, int32_t b, int64_t c) {
+  return static_cast<int64_t>(a) * b + c;
+}
 
 inline void sine_cosine_pi(float x, float* sine, float* cosine) {
   *sine = static_cast<float>(std::sin(M_PI * x));
