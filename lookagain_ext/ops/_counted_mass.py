@@ -27,7 +27,7 @@ def counted_queries(
     query: Tensor,
     key: Tensor,
 ) -> Tensor | None:
-    """bool [B, L_q], the queries that both arguments count; None if that is each of them."""
+    """Queries that count, bool [B, L_q]: those of both arguments; None if that is each."""
     queries, keys = query.shape[2], key.shape[2]
     if mass_from is None and key_length is None and queries <= keys:
         return None if mass_queries is None else mass_queries.contiguous()
