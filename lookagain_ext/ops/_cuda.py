@@ -98,6 +98,8 @@ def add_counted_mass(
     `fields` are key_start, key_length and those of the visual context; with the `bounds` of packed
     sequences the context and the mass have a row for each of these.
     """
+    if not mass.total.numel():
+        return
     if mass.counted is not None:  # a query whose log-sum-exp is -inf has no weight
         lse = lse.masked_fill(~mass.counted[:, None], -math.inf)
     if bounds is None:
