@@ -94,6 +94,9 @@ class Trace:
             text += self._attention_around(row, reflection.step)
         if self.attention is not None and self.attention.shape[1]:
             text += f" Mean attention on visual tokens: {self.attention[row].mean():.1%}."
+        elif self.answer_attention is not None and self.answer_tokens[row]:
+            share = self.answer_attention[row].sum() / self.answer_tokens[row]
+            text += f" Mean attention on visual tokens: {share:.1%}."
         return text
 
     def _attention_around(self, row: int, step: int) -> str:
