@@ -70,7 +70,7 @@ class LookingTrainer:
     of one batch of each logged step, counted in the step's own backward, under a session of its
     own also with "off", so that this batch goes through the same attention kernels. The mean is
     over heads and over the layers that the backward runs through: not those below everything that
-    trains. With backend "reencode" there is none.
+    trains. With backend "reencode", or with `torch_compile`, there is none.
 
     Weights are read back from checkpoints through `from_pretrained`. The Trainer's own way takes
     the names in the file for those of the module, which for Qwen2.5-VL they are not, and goes on
@@ -148,9 +148,10 @@ class LookingTrainer:
         """Whether this is the first batch with a picture of a step that will be logged."""
         step, every = self.state.global_step + 1, max(1, int(self.args.logging_steps))
         due = self.args.log_visual_attention and self.model.training and step % every == 0
-        due = due and step != self._measured and self.look_again_config.backend != "reencode"
+        counts = self.look_again_config.backend != "reencode" and not self.args.torch_compile
         pictures = ("pixel_values", "pixel_values_videos")
-        return due and any(inputs.get(name) is not None for name in pictures)
+        pictured = any(inputs.get(name) is not None for name in pictures)
+        return due and counts and pictured and step != self._measured
 
     def training_step(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as the Trainer's
         """The Trainer's; after its backward, reads what that has counted."""
