@@ -118,7 +118,7 @@ class LookingTrainer:
             return super().train(*args, **keywords)
 
     def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:  # noqa: ANN401
-        """The Trainer's; also says how many tokens a second went by since the log before."""
+        """The Trainer's; also the tokens a second since the log before, and what was measured."""
         metrics = self._metrics["train"]
         if metrics.get("num_tokens"):
             tokens, now = metrics["num_tokens"][-1], time.perf_counter()
@@ -126,6 +126,10 @@ class LookingTrainer:
                 speed = (tokens - self._pace[0]) / (now - self._pace[1])
                 metrics["tokens_per_second"] = [speed]
             self._pace = (tokens, now)
+        session, self._measuring = self._measuring, None
+        share = None if session is None else session.trace.answer_share
+        if share is not None:
+            metrics["visual_attention"] = [share]
         super().log(logs, *args, **keywords)
 
     def compute_loss(
@@ -152,15 +156,6 @@ class LookingTrainer:
         pictures = ("pixel_values", "pixel_values_videos")
         pictured = any(inputs.get(name) is not None for name in pictures)
         return due and counts and pictured and step != self._measured
-
-    def training_step(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as the Trainer's
-        """The Trainer's; after its backward, reads what that has counted."""
-        loss = super().training_step(*args, **keywords)
-        session, self._measuring = self._measuring, None
-        trace = None if session is None else session.trace
-        if trace is not None and trace.answer_share is not None:
-            self._metrics["train"]["visual_attention"] = [trace.answer_share]
-        return loss
 
     def evaluate(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as the Trainer's
         """Evaluate within `looking`; arguments and result are the Trainer's."""
