@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lookagain_ext import VisualContext, ops, reference
 from lookagain_ext.ops import _cuda_many
+from lookagain_ext.ops._counted_mass import CountedMass
 
 DEVICE = "cuda"
 BATCH, HEADS, KEYS, TOKENS = 2, 2, 300, 90
@@ -116,7 +117,9 @@ def training(dtype: torch.dtype, size: int, packed: bool = False) -> None:
     bounds = (0, QUERIES, 2 * QUERIES) if packed else None
     out, lse = _cuda_many.forward(*tensors, fields, scale, bounds)
     mass = torch.zeros(BATCH, HEADS, 22, device=DEVICE)
-    grads = _cuda_many.backward(out, *tensors, out, lse, fields, scale, bounds, mass)
+    grads = _cuda_many.backward(
+        out, *tensors, out, lse, fields, scale, bounds, CountedMass(mass, None)
+    )
     for row in range(BATCH):
         part = slice(row * QUERIES, (row + 1) * QUERIES) if packed else slice(None)
         mine = 0 if packed else row

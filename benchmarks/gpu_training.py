@@ -30,6 +30,7 @@ from lookagain_ext.bench import table
 from lookagain_ext.bench.measure import Comparison, Row
 from lookagain_ext.bench.problems import MODELS, ModelShape
 from lookagain_ext.ops import _cuda_many
+from lookagain_ext.ops._counted_mass import CountedMass
 
 from .gpu_kernels import row, same
 from .gpu_plots import plot_kernels
@@ -329,9 +330,9 @@ def mass_within(setting: Setting, shape: Shape) -> Row:
     total = torch.zeros(1, key.shape[1], shape.tokens, device=setting.device)
 
     def backward(mass: Tensor | None) -> tuple[Tensor, ...]:
-        keywords = {"mass": mass, "counted": None if mass is None else counted}
         tensors = (upstream, query, key, value, out, lse)
-        return _cuda_many.backward(*tensors, fields, scale, **keywords)
+        wanted = None if mass is None else CountedMass(mass, counted)
+        return _cuda_many.backward(*tensors, fields, scale, mass=wanted)
 
     backward(total)
     rows = torch.tensor([[[shape.length // 2, shape.length]]], device=setting.device).int()

@@ -114,9 +114,10 @@ void routed_attention(py::object query, py::object key, py::object value, py::ob
 void routed_attention_backward(py::object grad_out, py::object query, py::object key,
                                py::object value, py::object out, py::object lse,
                                py::object grad_query, py::object grad_key, py::object grad_value,
-                               py::object key_start, py::object key_length, py::object spans,
-                               py::object inv_freq, py::object shift, py::object start,
-                               py::object selected, double scale, int num_threads) {
+                               py::object mass, py::object counted, py::object key_start,
+                               py::object key_length, py::object spans, py::object inv_freq,
+                               py::object shift, py::object start, py::object selected,
+                               double scale, int num_threads) {
   const TensorView q = query_view(query), k = key_view(key, q);
   const int64_t batch = q.shape[0], keys = k.shape[2], dim = q.shape[3];
   check_scale(scale);
@@ -137,9 +138,27 @@ void routed_attention_backward(py::object grad_out, py::object query, py::object
       heads_view("grad_value", checked_output("grad_value", grad_value, q.dtype, key_shape));
   if (lse.is_none()) throw py::type_error("lse must be a tensor, got None");
   p.lse = lse_data(lse, q);
-  const VisualArguments visual(spans, inv_freq, shift, start, selected, batch, keys, dim, kAny,
-                               limits.key_length);
+  int64_t num_visual = kAny;
+  if (!mass.is_none()) {
+    if (spans.is_none()) throw py::value_error("mass needs spans, got None");
+    const TensorView view =
+        checked_output("mass", mass, DType::kFloat32, {batch, k.shape[1], kAny});
+    check_last_axis("mass", view);
+    p.num_visual = num_visual = view.shape[2];
+    p.mass = view.as<float>();
+    p.mass_batch_stride = view.stride[0];
+    p.mass_head_stride = view.stride[1];
+    if (!counted.is_none()) {
+      const TensorView queries =
+          checked_view("counted", counted, DType::kBool, {batch, q.shape[2]});
+      check_contiguous("counted", queries);
+      p.counted = queries.as<uint8_t>();
+    }
+  }
+  const VisualArguments visual(spans, inv_freq, shift, start, selected, batch, keys, dim,
+                               num_visual, limits.key_length);
   p.visual = visual.params;
+  if (visual.max_visual == 0) p.mass = nullptr;
   const CpuKernels& kernels = cpu_kernels(q.dtype);
   py::gil_scoped_release release;
   kernels.routed_attention_backward(p);

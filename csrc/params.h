@@ -74,7 +74,7 @@ struct RoutedAttentionBackwardParams : AttentionSizes {
   HeadsView grad_out, query, key, value, out;
   const void* lse = nullptr;
   HeadsView grad_query, grad_key, grad_value;  // overwritten
-  float* mass = nullptr;  // [B, H_kv, L_c], added to, or null
+  float* mass = nullptr;                       // [B, H_kv, L_c], added to, or null
   int64_t mass_batch_stride = 0;
   int64_t mass_head_stride = 0;
   int64_t num_visual = 0;            // L_c of `mass`

@@ -13,9 +13,9 @@ from transformers.cache_utils import Cache
 
 from . import ops
 from .cache import LookAgainLayer, attention_dtype
-from .layer_routing import LayerRouting, MassProbe, route_layer
+from .layer_routing import BackwardProbe, LayerRouting, MassProbe, route_layer
 from .rope import frequencies, layer_frequencies, refuse_unknown_layer, turn
-from .visual import VisualContext
+from .visual import VisualContext, is_traced
 
 ATTENTION_NAME = "lookagain"
 """Name under which `lookagain_attention` is registered with transformers."""
@@ -37,6 +37,7 @@ def lookagain_attention(
     key_length: Tensor | None = None,
     visual_mass: Sequence[Tensor] | Tensor | None = None,
     mass_probe: MassProbe | None = None,
+    backward_probe: BackwardProbe | None = None,
     cu_seq_lens_q: Tensor | Sequence[int] | None = None,
     **_: Any,  # noqa: ANN401 - every model passes keywords of its own
 ) -> tuple[Tensor, None]:
@@ -62,6 +63,8 @@ def lookagain_attention(
         key_length: int32 [B], keys of each row; default L_k.
         visual_mass: float32 [B, H_kv, L_c] of each layer, or this layer's alone; added to in place.
         mass_probe: collects visual mass over ranges of queries.
+        backward_probe: collects it in the backward, in place of `visual_mass`; a layer that is
+            compiled is not counted.
         cu_seq_lens_q: [S + 1], bounds of sequences packed without padding into the B · L tokens,
             under transformers' name for them; what has a row for each of B otherwise has one for
             each sequence then. As a tuple of int, no layer waits for a device to read it.
@@ -93,7 +96,11 @@ def lookagain_attention(
     mass = visual_mass
     if mass is not None and not (isinstance(mass, Tensor) and mass.dim() == 3):
         mass = mass[module.layer_idx]
-    if mass_probe is None:
+    if backward_probe is not None and not is_traced(query, key, value):
+        counting = backward_probe.keywords(key)
+        out = ops.routed_attention(query, key, value, visual_context, **counting, **keywords)
+        backward_probe.watch(out, module.layer_idx)
+    elif mass_probe is None:
         out = ops.routed_attention(query, key, value, visual_context, visual_mass=mass, **keywords)
     else:
         out, lse = ops.routed_attention(

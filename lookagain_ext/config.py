@@ -36,8 +36,10 @@ class LookAgainConfig:
         max_reinjections: re-injections a row can have, 1 to 16.
         keep: what happens past them: "all" keeps those it has, and later reflections are text
             only; "latest" replaces the oldest ("virtual" only).
-        track_attention: record the attention on every visual token at every step; of a forward over
-            whole sequences only without gradients, and not with "reencode".
+        track_attention: record the attention on every visual token at every step. Of a forward
+            over whole sequences with gradients, the backward counts that of the whole answer (the
+            trace's `answer_attention`), at next to no cost. A forward over whole sequences is not
+            tracked with "reencode", nor are layers that `torch.compile` compiled.
 
     Raises:
         ValueError: a value that is not allowed, by name.

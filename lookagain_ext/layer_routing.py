@@ -42,6 +42,52 @@ class MassProbe:
         raise ProbeFilled
 
 
+class BackwardProbe:
+    """Collects the visual mass of whole answers as the backward of each layer runs.
+
+    Not a dataclass: what wraps layers (FSDP) takes these apart and hands on a copy.
+
+    Args:
+        queries: bool [B, L], the queries that count; [1, B · L] of packed sequences.
+        rows: B, or the number of packed sequences.
+        width: L_c.
+
+    Attributes:
+        layers: those whose backward ran, by index.
+    """
+
+    def __init__(self, queries: Tensor, rows: int, width: int) -> None:
+        self.layers: set[int] = set()
+        self._queries = queries
+        self._shape = (rows, width)
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def keywords(self, key: Tensor) -> dict[str, Any]:
+        """What lets a layer's `routed_attention` count in its backward, on the layer's device."""
+        if key.device not in self._on:
+            rows, width = self._shape
+            total = torch.zeros(rows, key.shape[1], width, device=key.device)
+            self._on[key.device] = (total, self._queries.to(key.device))
+        total, queries = self._on[key.device]
+        return {"visual_mass": total, "mass_in_backward": True, "mass_queries": queries}
+
+    def watch(self, out: Tensor, layer: int) -> None:
+        """Note the layer when a gradient reaches its attention's output."""
+        if out.requires_grad:
+            out.register_hook(lambda _: self.layers.add(layer))
+
+    def attention(self, heads: int) -> Tensor | None:
+        """Mean over `heads` and over the layers whose backward ran; None before any did.
+
+        Returns:
+            float32 [B, L_c] on the CPU, summed over the counted queries; this waits for the device.
+        """
+        if not self.layers:
+            return None
+        totals = [total.sum(1).cpu() for total, _ in self._on.values()]
+        return torch.stack(totals).sum(0) / (heads * len(self.layers))
+
+
 class ProbeFilled(Exception):  # noqa: N818 - nothing went wrong
     """Ends a forward whose output nobody wants, from within its last layer's attention."""
 

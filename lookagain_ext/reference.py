@@ -48,6 +48,8 @@ def routed_attention(
     mass_from: Tensor | None = None,
     block_table: Tensor | None = None,
     return_lse: bool = False,
+    mass_in_backward: bool = False,
+    mass_queries: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`lookagain_ext.ops.routed_attention` in plain PyTorch; see there."""
     if block_table is not None:
@@ -69,18 +71,28 @@ def routed_attention(
         rows = torch.cat([rows, *[seen] * scores.sightings], dim=2)
     out = (probability @ rows).to(query.dtype)
     if visual_mass is not None:
-        counted = scores.position >= (0 if mass_from is None else mass_from[:, None])
-        mass = _token_mass(probability.detach() * counted[:, None, :, None], scores)
-        grouped = mass.sum(2).unflatten(1, (key.shape[1], -1)).sum(2)
-        width = visual_mass.shape[-1]
-        most = int(scores.valid.sum(-1).max()) if grouped.shape[-1] > width else 0
+        width, given = visual_mass.shape[-1], scores.valid.shape[-1]
+        most = int(scores.valid.sum(-1).max()) if given > width else 0
         if most > width:
             raise ValueError(
                 f"spans must hold at most {width} visual tokens (the last axis of the mass), got "
                 f"{most}"
             )
-        grouped = grouped[..., :width]
-        visual_mass[..., : grouped.shape[-1]] += grouped.to(visual_mass.dtype)
+        counted = scores.position >= (0 if mass_from is None else mass_from[:, None])
+        if mass_queries is not None:
+            counted = counted & mass_queries
+        weight = probability.detach()
+
+        def add(*_: Tensor) -> None:
+            mass = _token_mass(weight * counted[:, None, :, None], scores)
+            grouped = mass.sum(2).unflatten(1, (key.shape[1], -1)).sum(2)[..., :width]
+            with torch.no_grad():
+                visual_mass[..., : grouped.shape[-1]] += grouped.to(visual_mass.dtype)
+
+        if not mass_in_backward:
+            add()
+        elif out.requires_grad:
+            out.register_hook(add)
     return (out, lse.float()) if return_lse else out
 
 

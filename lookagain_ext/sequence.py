@@ -70,7 +70,11 @@ class Sequence:
         return torch.stack([order, order + real], dim=-1).to(torch.int32)
 
     def trace(
-        self, selected: Tensor | None, mass: Tensor | None, attention: Tensor | None = None
+        self,
+        selected: Tensor | None,
+        mass: Tensor | None,
+        attention: Tensor | None = None,
+        answer: Tensor | None = None,
     ) -> Trace:
         """The reflections, in the form of a generation's trace.
 
@@ -78,6 +82,7 @@ class Sequence:
             selected: bool [B, N, L_c], or None when all tokens are shown.
             mass: float32 [B, N, L_c], mean attention before each re-injection, or None.
             attention: float32 [B, T, L_c], mean attention of each counted token, or None.
+            answer: float32 [B, L_c], that of all counted tokens together, or None.
         """
         counts = self.layout.num_visual.tolist()
         selected = None if selected is None else selected.cpu()
@@ -106,7 +111,8 @@ class Sequence:
                     )
                 )
         share = None if attention is None else attention.sum(-1)
-        return Trace(found, share, attention, self.layout.grids)
+        tokens = None if answer is None else self.counted.sum(1).cpu()
+        return Trace(found, share, attention, self.layout.grids, answer, tokens)
 
 
 def read_sequence(

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from .config import LookAgainConfig
-from .layer_routing import LayerRouting, MassProbe, ProbeFilled, last_attention, select_after
+from .layer_routing import (
+    BackwardProbe,
+    LayerRouting,
+    MassProbe,
+    ProbeFilled,
+    last_attention,
+    select_after,
+)
 from .models import Family
 from .packing import Packing
 from .reencode import Expansion, is_sharded
@@ -57,14 +64,18 @@ class SequenceForward:
         self.mass: Tensor | None = None
         self.expansion: Expansion | None = None
         self.probe: MassProbe | None = None
+        self.backward_probe: BackwardProbe | None = None
 
     def trace(self) -> Trace:
         """The reflections of the sequences, and where their attention went if it was tracked."""
-        attention = None
+        attention = answer = None
+        heads = self.family.num_attention_heads
         if self.probe is not None:
-            share = self.family.num_layers * self.family.num_attention_heads
-            attention = (self.probe.total / share).cpu()
-        return self.sequence.trace(self.selected, self.mass, attention)
+            attention = (self.probe.total / (self.family.num_layers * heads)).cpu()
+            answer = attention.sum(1)
+        elif self.backward_probe is not None:
+            answer = self.backward_probe.attention(heads)
+        return self.sequence.trace(self.selected, self.mass, attention, answer)
 
     def prepare(self, keywords: dict[str, Any]) -> dict[str, Any]:
         """Keywords for the decoder, from those that the base model calls it with."""
@@ -73,12 +84,9 @@ class SequenceForward:
         passes = self._agreed_passes()
         if passes:
             self._route(keywords, passes)
-        # A recomputed layer would count twice, and re-encoded tokens have keys of their own.
-        if config.track_attention and not torch.is_grad_enabled() and config.backend != "reencode":
-            rows = sequence.each_counted()
-            width = sequence.layout.max_visual
-            self.probe = MassProbe(rows, torch.zeros(*rows.shape[:2], width, device=rows.device))
-            extra["mass_probe"] = self.probe
+        # Re-encoded tokens have keys of their own.
+        if config.track_attention and config.backend != "reencode":
+            extra |= self._probe()
             extra["visual_context"] = sequence.context(self.family.inv_freq(), None, 0)
         if not sequence.num_columns:
             return {**keywords, **extra}
@@ -111,6 +119,22 @@ class SequenceForward:
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(map(restore, output.hidden_states))
         return output
+
+    def _probe(self) -> dict[str, Any]:
+        """Keywords that let every layer collect what it attends of the picture.
+
+        With gradients in the backward: in the forward, a layer that is recomputed would count
+        twice.
+        """
+        sequence, width = self.sequence, self.sequence.layout.max_visual
+        if torch.is_grad_enabled():
+            counted, packing = sequence.counted, self.packing
+            queries = counted if packing is None else packing.pack(counted).flatten()[None]
+            self.backward_probe = BackwardProbe(queries, len(counted), width)
+            return {"backward_probe": self.backward_probe}
+        rows = sequence.each_counted()
+        self.probe = MassProbe(rows, torch.zeros(*rows.shape[:2], width, device=rows.device))
+        return {"mass_probe": self.probe}
 
     def _bounds(self) -> dict[str, Any]:
         """Keywords that tell the attention where sequences begin."""

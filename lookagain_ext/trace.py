@@ -51,12 +51,27 @@ class Trace:
             `track_attention`.
         grids: for each row, (t, h, w) of each of its images in tokens, in order: visual token
             numbers run through them in row-major order.
+        answer_attention: float32 [B, L_c], attention of a row's whole answer on each visual token:
+            the sum over the tokens that could trigger, mean over layers and heads. Of a forward
+            over whole sequences under `track_attention`. With gradients the backward counts it:
+            None until that has run, and the mean is over the layers that it ran through, which
+            are not those below everything that trains.
+        answer_tokens: int64 [B], the tokens summed over; None where `answer_attention` is.
     """
 
     reflections: list[list[Reflection]]
     attention: Tensor | None
     attention_map: Tensor | None
     grids: list[list[tuple[int, int, int]]]
+    answer_attention: Tensor | None = None
+    answer_tokens: Tensor | None = None
+
+    @property
+    def answer_share(self) -> float | None:
+        """Share of the attention of all answers' tokens that is on the picture, if tracked."""
+        if self.answer_attention is None or not self.answer_tokens.any():
+            return None
+        return float(self.answer_attention.sum() / self.answer_tokens.sum())
 
     def summary(self) -> str:
         """One readable paragraph for each row."""
@@ -79,6 +94,9 @@ class Trace:
             text += self._attention_around(row, reflection.step)
         if self.attention is not None and self.attention.shape[1]:
             text += f" Mean attention on visual tokens: {self.attention[row].mean():.1%}."
+        elif self.answer_attention is not None and self.answer_tokens[row]:
+            share = self.answer_attention[row].sum() / self.answer_tokens[row]
+            text += f" Mean attention on visual tokens: {share:.1%}."
         return text
 
     def _attention_around(self, row: int, step: int) -> str:

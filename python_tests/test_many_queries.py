@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lookagain_ext import NEVER, VisualContext, ops, reference
 from lookagain_ext.ops import _cuda, _cuda_many
+from lookagain_ext.ops._counted_mass import CountedMass
 
 FITTING = [case for case in [*SHAPES, *PREFILL] if case.size <= 128]
 BOTH = [case.but(dtype=torch.bfloat16) for case in FITTING]
@@ -132,16 +133,17 @@ def test_pieces_and_order_of_threads(multiprocessors: int, device: torch.device)
         torch.testing.assert_close(a.double(), b.double(), atol=3e-2, rtol=3e-2)
 
 
-def run_backward(problem, mass: Tensor, counted: Tensor | None, **kwargs) -> tuple[Tensor, ...]:
+def run_backward(
+    problem, mass: Tensor | None, counted: Tensor | None, **kwargs
+) -> tuple[Tensor, ...]:
     visual = problem.visual
     fields = (problem.key_start, problem.key_length, visual.spans, visual.inv_freq)
     fields = (*fields, visual.shift, visual.start, visual.selected)
     scale = problem.query.shape[-1] ** -0.5
     out, lse = _cuda_many.forward(*problem[:3], fields, scale)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
-    return _cuda_many.backward(
-        grad, *problem[:3], out, lse, fields, scale, mass=mass, counted=counted
-    )
+    wanted = None if mass is None else CountedMass(mass, counted)
+    return _cuda_many.backward(grad, *problem[:3], out, lse, fields, scale, mass=wanted)
 
 
 @pytest.mark.parametrize("counts", [False, True], ids=["all queries", "some queries"])
@@ -202,7 +204,8 @@ def test_packed_mass_has_a_row_for_each_sequence(device: torch.device) -> None:
     out, lse = _cuda_many.forward(*packed.heads, fields, 0.2, bounds)
     mass = torch.zeros(3, 2, visual.selected.shape[-1], device=device)
     counted = torch.arange(out.shape[2], device=device)[None] % 3 > 0
-    _cuda_many.backward(out, *packed.heads, out, lse, fields, 0.2, bounds, mass, counted)
+    wanted = CountedMass(mass, counted)
+    _cuda_many.backward(out, *packed.heads, out, lse, fields, 0.2, bounds, wanted)
     for number in range(3):
         (query, key, _), context = packed.alone(number)
         mine = counted[0, bounds[number] : bounds[number + 1]]

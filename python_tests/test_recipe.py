@@ -374,7 +374,7 @@ def test_the_report_says_what_the_stages_wrote(tmp_path) -> None:
     assert "| COPY | 75.0% | 65.0% to 85.0% | 60.3 |" in page
     assert "| 25 % | 55.0% | 45.0% to 65.0% | 120 | 17.9 |" in page
     assert "| paper, first fifth | 2.05 |" in page and "| hardened, last fifth | 1.15 |" in page
-    assert "| paper | 3.00 | - | - | - |" in page
+    assert "| paper | 3.00 | - | - |\n" in page
     assert "3 questions answered: 2 kept, 1 wrong." in page
     assert "lookagain train sft  # 90 s" in page and "guessing without the picture: 33.7%" in page
     for picture in ("accuracy.png", "brpo.png"):

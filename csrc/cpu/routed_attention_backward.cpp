@@ -19,10 +19,12 @@
 // many heads, a unit also packs and writes its head, in memory of its thread.
 //
 // Gathered visual keys have sums of their own rows, added to the row they came from at the end.
+// Where the visual mass is wanted, each tile has sums of P over the counted queries as well.
 //
 // FLOP: 10 D per query head, query and visible key; bytes: O(L D) and the sums once per block
 // (16 D bytes for each key and block of 10 D kPanelsPerBlock kTileRows FLOP: 0.01 bytes a FLOP).
 // The multipliers are the limit.
+#include "column_sums.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "query_panels.h"
@@ -79,6 +81,7 @@ class Backward {
         for (int64_t n = 0; n < tiles; ++n) pack_tile(head, n, memory, own);
         differentiate_chunk(head, 0, memory, own);
         for (int64_t n = 0; n < ranges; ++n) write_keys(head, n * kWriteRows, memory, own);
+        add_mass(head, memory);
       };
       parallel_for(p_.num_threads, heads, differentiate);
       return;
@@ -98,6 +101,8 @@ class Backward {
       write_keys(head, index % ranges * kWriteRows, memory_of(head), thread_of(number));
     };
     parallel_for(p_.num_threads, heads * ranges, write);
+    auto add = [&](int64_t head, int) { add_mass(head, memory_of(head)); };
+    if (p_.mass != nullptr) parallel_for(p_.num_threads, heads, add);
   }
 
  private:
@@ -110,6 +115,7 @@ class Backward {
   struct Sums {
     Sum* key;  // [kTileKeys][width]
     Sum* value;
+    Sum* weight;  // [kTileKeys], P of the counted queries, if the mass is wanted
   };
 
   struct Thread {
@@ -128,6 +134,7 @@ class Backward {
     Sum* grad_turned;     // of the current one
     Sum* written;         // [kWriteRows][width], twice
     int64_t* limits;      // [panel]
+    uint8_t* counted;     // [row], for the mass
   };
 
   // Units for each thread are equal to 15 % with the fewest chunks that allow it.
@@ -149,7 +156,8 @@ class Backward {
   template <typename Carver_>
   Sums carve_sums(Carver_&& carver) const {
     return {carver.template take<Sum>(kTileKeys * width_),
-            carver.template take<Sum>(kTileKeys * width_)};
+            carver.template take<Sum>(kTileKeys * width_),
+            carver.template take<Sum>(p_.mass == nullptr ? 0 : kTileKeys)};
   }
 
   template <typename Carver_>
@@ -170,7 +178,8 @@ class Backward {
             carver.template take<Sum>(rows * width_),
             carver.template take<Sum>(rows * width_),
             carver.template take<Sum>(2 * kWriteRows * width_),
-            carver.template take<int64_t>(panels_)};
+            carver.template take<int64_t>(panels_),
+            carver.template take<uint8_t>(rows)};
   }
 
   Tile tile_at(char* head, int64_t number) const {
@@ -200,6 +209,7 @@ class Backward {
       const int64_t used = round_up(count, kTileRows) * width_;
       for (int64_t n = 0; n < used; ++n) sums.key[n] = 0;
       for (int64_t n = 0; n < used; ++n) sums.value[n] = 0;
+      for (int64_t n = 0; p_.mass != nullptr && n < kTileKeys; ++n) sums.weight[n] = 0;
     }
   }
 
@@ -239,11 +249,14 @@ class Backward {
       for (int64_t first = 0; first < visible; first += kTileKeys) {
         const int64_t number = list.first_tile + first / kTileKeys;
         const Tile tile = tile_at(memory, number);
+        const Sums sums = sums_at(memory, chunk, number);
+        const bool counts = p_.mass != nullptr &&
+                            holds_visual(p_.visual, head / p_.key_heads, list, first, kTileKeys);
         for (int64_t panel = 0; panel < panels; ++panel) {
-          own.limits[panel] =
-              score_panel(row, sighting, first_query(block, panel), first, tile, panel, grad, own);
+          own.limits[panel] = score_panel(row, sighting, first_query(block, panel), first, tile,
+                                          panel, grad, counts ? sums.weight : nullptr, own);
         }
-        add_to_keys(panels, own.limits, sums_at(memory, chunk, number), own);
+        add_to_keys(panels, own.limits, sums, own);
       }
       if (!turned) continue;
       for (int64_t n = 0; n < panels * kTileRows; ++n) {
@@ -265,7 +278,9 @@ class Backward {
         const int64_t query = first + n, at = panel * kTileRows + n;
         own.lse[at] = INFINITY;
         own.delta[at] = 0;
+        own.counted[at] = 0;
         if (query >= p_.queries) continue;
+        own.counted[at] = p_.counted == nullptr || p_.counted[batch * p_.queries + query];
         const Sum lse =
             static_cast<const Sum*>(p_.lse)[(batch * p_.query_heads + from) * p_.queries + query];
         if (lse == -INFINITY) continue;
@@ -303,9 +318,10 @@ class Backward {
   }
 
   // P and dS of one panel, and its part of dQ; returns how many keys of the tile some row sees.
+  // The counted rows of P are added to `weight_sums` unless it is null.
   int64_t score_panel(const RowSightings& row, const Sighting& sighting, int64_t first_query,
                       int64_t first_entry, const Tile& tile, int64_t panel, Sum* grad_query,
-                      const Thread& own) const {
+                      Sum* weight_sums, const Thread& own) const {
     int64_t limits[kTileRows];
     const int64_t most =
         panel_limits(row, sighting, first_query, p_.queries, first_entry, kTileKeys, limits);
@@ -331,10 +347,18 @@ class Backward {
     // The products that sum over queries take kTileRows keys at a time.
     const int64_t end = larger(columns, round_up(most, kTileRows));
     for (int64_t n = 0; n < kPanelUnits; ++n) {
-      differentiate_softmax(score + n * Lane::kPair * kTileKeys,
-                            grad_score + n * Lane::kPair * kTileKeys,
-                            panel * kTileRows + n * Lane::kPair, columns, end,
-                            weight_pairs + n * kTileKeys, grad_pairs + n * kTileKeys, own);
+      const int64_t row_pair = panel * kTileRows + n * Lane::kPair;
+      const Sum* pair = score + n * Lane::kPair * kTileKeys;
+      Sum* grad_pair = grad_score + n * Lane::kPair * kTileKeys;
+      Unit *weight = weight_pairs + n * kTileKeys, *grad = grad_pairs + n * kTileKeys;
+      if (weight_sums != nullptr &&
+          (own.counted[row_pair] || own.counted[row_pair + Lane::kPair - 1])) {
+        differentiate_softmax<true>(pair, grad_pair, row_pair, columns, end, weight, grad,
+                                    weight_sums, own);
+      } else {
+        differentiate_softmax<false>(pair, grad_pair, row_pair, columns, end, weight, grad, nullptr,
+                                     own);
+      }
     }
     multiply_panels<Lane, kTileKeys, 1, Into::kAdd>(
         reinterpret_cast<const Unit*>(grad_score), tile.key_rows, kTileKeys / Lane::kPair, 0,
@@ -343,10 +367,12 @@ class Backward {
     return most;
   }
 
-  // kPair rows: P into weight_pairs, dS into grad_pairs and, by rows, in place of grad_score.
+  // kPair rows: P into weight_pairs, dS into grad_pairs and, by rows, in place of grad_score. With
+  // kCounts, P of the counted rows is added to weight_sums, as it was before any rounding.
+  template <bool kCounts>
   LA_HD void differentiate_softmax(const Sum* score, Sum* grad_score, int64_t row, int64_t columns,
                                    int64_t end, Unit* weight_pairs, Unit* grad_pairs,
-                                   const Thread& own) const {
+                                   Sum* weight_sums, const Thread& own) const {
     const Vector<Sum> scale = splat(static_cast<Sum>(scale_size(p_.scale) * kLog2E));
     for (int64_t n = 0; n < columns; n += kVectorWidth<Sum>) {
       Vector<Sum> weight[Lane::kPair], grad[Lane::kPair];
@@ -356,6 +382,9 @@ class Backward {
         weight[pair] =
             exp2_of<Lane::kCoarse>(load(score + at) * scale - splat(own.lse[row + pair]));
         grad[pair] = weight[pair] * (load(grad_score + at) - splat(own.delta[row + pair]));
+        if constexpr (kCounts) {
+          if (own.counted[row + pair]) store(weight_sums + n, load(weight_sums + n) + weight[pair]);
+        }
         if constexpr (Lane::kPair == 2) {
           Lane::store_elements(reinterpret_cast<Unit*>(grad_score + pair * kTileKeys), n,
                                grad[pair]);
@@ -426,6 +455,14 @@ class Backward {
       store_row(value_sums + at, Sum(1), p_.dtype, p_.head_dim,
                 const_cast<char*>(row_address(p_.grad_value, p_.dtype, batch, key_head, key)));
     }
+  }
+
+  void add_mass(int64_t head, char* memory) const {
+    if (p_.mass == nullptr) return;
+    const int64_t batch = head / p_.key_heads;
+    add_column_sums<Sum>(
+        p_, sightings_.rows[batch], batch, head % p_.key_heads, kTileKeys, chunks_,
+        [&](int64_t chunk, int64_t number) { return sums_at(memory, chunk, number).weight; });
   }
 
   const RoutedAttentionBackwardParams& p_;

@@ -21,6 +21,7 @@ SUITES: dict[str, Callable[[bool], Iterator[Row]]] = {
     "decode_reinjections": attention.decode_reinjections,
     "prefill": attention.prefill,
     "training_reinjections": attention.training_reinjections,
+    "training_mass": attention.training_mass,
     "append": attention.append,
     "generation": generation.generation,
     "training_step": training_step.training_step,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..visual import VisualContext
 from .measure import Comparison, Row, Timing, read_bandwidth
 from .problems import MODELS, Problem, rotating
 
@@ -232,10 +233,7 @@ def training_reinjections(quick: bool) -> Iterator[Row]:
     """A training step's attention with two COPY re-injections against the plain step."""
     length, tokens = 1024, 256
     inputs = Problem(SHAPE, torch.bfloat16, length, queries=length).tensors()
-    front = Problem(SHAPE, torch.bfloat16, length, queries=512, visual_tokens=tokens)
-    visual = front.visual()
-    for begin in (512, 768):
-        visual = visual.reinject(torch.ones(1, dtype=torch.bool), begin, begin)
+    visual = _looking_twice(length, tokens)
     comparison = Comparison(
         {
             "plain": lambda: _forward_backward(ops.routed_attention, inputs, True),
@@ -256,6 +254,55 @@ def training_reinjections(quick: bool) -> Iterator[Row]:
         "",
         f"{1 + extra / plain:.2f}x the FLOP",
     )
+
+
+def _looking_twice(length: int, tokens: int) -> VisualContext:
+    """A picture in the first half, shown again after one half and after three quarters."""
+    half = length // 2
+    visual = Problem(SHAPE, torch.bfloat16, length, queries=half, visual_tokens=tokens).visual()
+    for begin in (half, 3 * length // 4):
+        visual = visual.reinject(torch.ones(1, dtype=torch.bool), begin, begin)
+    return visual
+
+
+def training_mass(quick: bool) -> Iterator[Row]:
+    """What the answer's attention on the picture adds to a training step's backward."""
+    length, tokens = (1024, 256) if quick else (2048, 512)
+    visual = _looking_twice(length, tokens)
+    answer = torch.arange(length)[None] >= length // 2
+    rows = torch.tensor([[[length // 2, length]]], dtype=torch.int32)
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = Problem(SHAPE, dtype, length, queries=length).tensors()
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        mass = torch.zeros(1, SHAPE.key_heads, tokens)
+        given = {"visual_mass": mass, "mass_in_backward": True, "mass_queries": answer}
+        plain, lse = ops.routed_attention(*leaves, visual, return_lse=True)
+        counted = ops.routed_attention(*leaves, visual, **given)
+        upstream = torch.randn_like(plain)
+        given = {"inputs": leaves, "grad_outputs": upstream, "retain_graph": True}
+        backward = partial(torch.autograd.grad, **given)
+        own = partial(ops.visual_mass, *inputs[:2], visual, rows, lse=lse)
+        backward(counted)
+        torch.testing.assert_close(mass, own()[:, 0], rtol=1e-3, atol=1e-3)
+        comparison = Comparison(
+            {
+                "plain": partial(backward, plain),
+                "counted": partial(backward, counted),
+                "apart": partial(_both, partial(backward, plain), own),
+            },
+            budget=6 if quick else 30,
+        )
+        name = f"training backward {_short(dtype)} L={length} with visual mass, {tokens} tokens"
+        seconds = comparison.timing("counted").p50
+        ratio = comparison.ratio("counted", "plain")
+        yield _row(name, "without", ratio, seconds, 1.02, "<= 1.02x")
+        ratio = comparison.ratio("counted", "apart")
+        yield _row(name, "and a visual_mass pass of its own", ratio, seconds, 1.0, "< 1.0x")
+
+
+def _both(first: Callable[[], object], second: Callable[[], object]) -> None:
+    first()
+    second()
 
 
 def append(quick: bool) -> Iterator[Row]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._native import native
 from . import _cuda, _cuda_training
+from ._counted_mass import CountedMass
 
 
 def forward(
@@ -105,19 +106,32 @@ def backward(
     tensors: tuple[Tensor | None, ...],
     scale: float,
     bounds: tuple[int, ...] | None = None,
+    mass: CountedMass | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, the first three of `tensors`."""
+    """Gradients of query, key and value, the first three of `tensors`; adds to `mass`."""
     query, key, value, *rest = tensors
     if query.numel() == 0 or key.numel() == 0:  # no query sees a key
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     if _cuda.on_gpu(query):
         heads, fields = tensors[:3], tensors[3:]
-        return _cuda_training.backward(grad_out, *heads, out, lse, fields, scale, bounds)
+        return _cuda_training.backward(grad_out, *heads, out, lse, fields, scale, bounds, mass)
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+    total, counted = (None, None) if mass is None else mass
     native().routed_attention_backward(
-        grad_out, query, key, value, out, lse, *grads, *rest, scale, torch.get_num_threads()
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        *grads,
+        total,
+        counted,
+        *rest,
+        scale,
+        torch.get_num_threads(),
     )
     return grads
 

@@ -111,6 +111,36 @@ def check_block_table(block_table: object, cache: Tensor, batch: int) -> None:
         )
 
 
+def check_in_backward(
+    mass_in_backward: bool,
+    mass_queries: Tensor | None,
+    visual_mass: Tensor | None,
+    block_table: Tensor | None,
+    query: Tensor,
+) -> None:
+    """Raise unless there is a mass to add to, and `mass_queries` tells of each query."""
+    if not mass_in_backward:
+        raise ValueError(
+            "mass_queries needs mass_in_backward=True; a forward counts from mass_from on"
+        )
+    if visual_mass is None:
+        raise ValueError("mass_in_backward needs visual_mass, the buffer the mass is added to")
+    if block_table is not None:
+        raise ValueError("mass_in_backward counts nothing with block_table, which has no gradient")
+    if mass_queries is not None:
+        shape = (query.shape[0], query.shape[2])
+        check_tensor("mass_queries", mass_queries, shape, torch.bool, query)
+
+
+def check_width(visual: VisualContext, width: int) -> None:
+    """Raise if a row has more visual tokens than the mass; reads the spans, so not on a GPU."""
+    most = int(visual.num_visual().max()) if visual.spans.numel() else 0
+    if most > width:
+        raise ValueError(
+            f"spans must hold at most {width} visual tokens (the last axis of the mass), got {most}"
+        )
+
+
 def check_visual(visual: object, like: Tensor) -> None:
     """Raise unless `visual` is a context for the rows, head size and device of `like`."""
     if not isinstance(visual, VisualContext):

@@ -5,13 +5,16 @@ Queries beyond a decode step's, and gradients, go the way of `_cuda_training.py`
 
 from __future__ import annotations
 
+import math
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from .._native import native
 from ..visual import NEVER
+from ._counted_mass import CountedMass
 
 MOST_COUNTED_QUERIES = 16  # whose logits on visual tokens the kernel keeps for the mass
 
@@ -79,6 +82,39 @@ def add_mass(
     limits = (key_start, key_length)
     visual_mass(query, key, rows, found, lse, *limits, visual, block_table, scale)
     mass += found[:, 0]
+
+
+def add_counted_mass(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    mass: CountedMass,
+    fields: tuple[Tensor | None, ...],
+    scale: float,
+    bounds: tuple[int, ...] | None,
+) -> None:
+    """Adds the visual mass of the counted queries, from the forward's `lse`.
+
+    `fields` are key_start, key_length and those of the visual context; with the `bounds` of packed
+    sequences the context and the mass have a row for each of these.
+    """
+    if not mass.total.numel():
+        return
+    if mass.counted is not None:  # a query whose log-sum-exp is -inf has no weight
+        lse = lse.masked_fill(~mass.counted[:, None], -math.inf)
+    if bounds is None:
+        limits, visual = fields[:2], fields[2:]
+        add_mass(query, key, lse, mass.total, None, *limits, visual, None, scale)
+        return
+    spans, inv_freq, *again = fields[2:]
+    for number, (begin, end) in enumerate(pairwise(bounds)):
+        if begin == end:
+            continue
+        row, tokens = slice(number, number + 1), slice(begin, end)
+        visual = (spans[row], inv_freq, *(None if x is None else x[row] for x in again))
+        one, other = query[:, :, tokens], key[:, :, tokens]
+        part = lse[..., tokens].contiguous()
+        add_mass(one, other, part, mass.total[row], None, None, None, visual, None, scale)
 
 
 def visual_mass(

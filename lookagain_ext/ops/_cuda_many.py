@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda
+from ._counted_mass import CountedMass
 
 CHOICES = ("auto", "kernels", "library")
 choice = os.environ.get("LOOKAGAIN_CUDA_TRAINING", "auto")
@@ -66,8 +67,7 @@ def backward(
     fields: tuple[Tensor | None, ...],
     scale: float,
     bounds: tuple[int, ...] | None = None,
-    mass: Tensor | None = None,
-    counted: Tensor | None = None,
+    mass: CountedMass | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, shaped as they are.
 
@@ -81,13 +81,13 @@ def backward(
         fields: as in `_cuda_training.forward`.
         scale: of the logits.
         bounds: of packed sequences.
-        mass: float32 [B, H_kv, L_c], one for each sequence; the visual mass is added to it.
-        counted: bool [B, L_q], the queries that count for it; None: all.
+        mass: the visual mass of these queries is added to it.
     """
     grad_out, out = (x if _is_aligned(x) else x.contiguous() for x in (grad_out, out))
     grads = tuple(_like_models(x) for x in (query, key, value))
     tensors = (query, key, value, out, lse.contiguous())
-    _launch(tensors, (grad_out, *grads), mass, counted, fields, scale, bounds)
+    total, counted = (None, None) if mass is None else mass
+    _launch(tensors, (grad_out, *grads), total, counted, fields, scale, bounds)
     return grads
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from . import _cuda, _cuda_many
 from . import _fused_attention as library
+from ._counted_mass import CountedMass
 from ._sightings import Again, Fields, Layout, LayoutCache, read_layout
 
 _layouts = LayoutCache()
@@ -96,10 +97,17 @@ def backward(
     fields: Fields,
     scale: float,
     bounds: tuple[int, ...] | None = None,
+    mass: CountedMass | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, shaped as they are."""
+    """Gradients of query, key and value, shaped as they are; adds to `mass`.
+
+    The libraries keep their probabilities to themselves: beside them the mass is a pass of its own.
+    """
     if _cuda_many.is_chosen(query, key, value, scale):
-        return _cuda_many.backward(grad_out, query, key, value, out, lse, fields, scale, bounds)
+        tensors = (grad_out, query, key, value, out, lse)
+        return _cuda_many.backward(*tensors, fields, scale, bounds, mass)
+    if mass is not None:
+        _cuda.add_counted_mass(query, key, lse, mass, fields, scale, bounds)
     layout = _layouts.read(query, key, fields, bounds)
     grad_out, query, key, value, out = (
         x.transpose(1, 2) for x in (grad_out, query, key, value, out)

@@ -16,13 +16,16 @@ from ._checks import (
     check_added_to,
     check_attention,
     check_block_table,
+    check_in_backward,
     check_kernel_layout,
     check_rows,
     check_scale,
     check_tensor,
     check_visual,
+    check_width,
     has_kernels,
 )
+from ._counted_mass import CountedMass, counted_packed, counted_queries
 from .visual_mass import forward as visual_mass_forward
 
 # `is_traced` would cost a small call too much: its parts stand in `routed_attention`.
@@ -43,6 +46,8 @@ def routed_attention(
     block_table: Tensor | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     return_lse: bool = False,
+    mass_in_backward: bool = False,
+    mass_queries: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Causal grouped-query attention with re-injected visual tokens, in one softmax.
 
@@ -84,6 +89,12 @@ def routed_attention(
             at 0 in each. A tensor on a GPU is read once, which waits for the device; under
             `torch.compile` pass a list.
         return_lse: also return the log-sum-exp of the logits.
+        mass_in_backward: add to `visual_mass` when this call's backward runs, which has the
+            probabilities anyway, instead of now: once for each backward, so once for a layer that
+            gradient checkpointing computes again, and not at all where no gradient is wanted. (On
+            a GPU it is a pass of its own still.) Not under `torch.compile`.
+        mass_queries: bool [B, L_q], with `mass_in_backward`: the queries that are counted, as far
+            as `mass_from` counts them too; default all. [1, L_q] with `cu_seqlens`.
 
     Returns:
         out, like query; with `return_lse` (out, lse), lse float32 [B, H_q, L_q], -inf for a
@@ -102,11 +113,15 @@ def routed_attention(
     """
     if cu_seqlens is not None:
         _packed.refuse_limits(key_start=key_start, key_length=key_length, block_table=block_table)
-        counted = (visual_mass, mass_from)
+        counted = (visual_mass, mass_from, mass_in_backward, mass_queries)
         return _packed_attention(query, key, value, visual, cu_seqlens, *counted, scale, return_lse)
     arguments = (query, key, value, key_start, key_length, visual, visual_mass, mass_from)
     arguments = (*arguments, block_table, scale)
-    if (
+    if mass_in_backward or mass_queries is not None:
+        _check(*arguments)
+        check_in_backward(mass_in_backward, mass_queries, visual_mass, block_table, query)
+        out, lse = _counting_in_backward(*arguments, mass_queries)
+    elif (
         is_compiling()
         or len_dispatch_stack()
         or not (type(query) is type(key) is type(value) is Tensor)
@@ -140,6 +155,55 @@ def routed_attention(
     return (out, lse.float()) if return_lse else out
 
 
+def _counting_in_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_start: Tensor | None,
+    key_length: Tensor | None,
+    visual: VisualContext,
+    visual_mass: Tensor,
+    mass_from: Tensor | None,
+    block_table: None,
+    scale: float | None,
+    mass_queries: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The attention of a call whose mass is added up in its backward; all arguments checked."""
+    fields = _fields(visual)
+    _refuse_tracing(query, key, value, visual_mass, mass_queries, *fields)
+    if not has_kernels(query):
+        return reference.routed_attention(
+            query,
+            key,
+            value,
+            visual,
+            scale=scale,
+            key_start=key_start,
+            key_length=key_length,
+            visual_mass=visual_mass,
+            mass_from=mass_from,
+            return_lse=True,
+            mass_in_backward=True,
+            mass_queries=mass_queries,
+        )
+    scale = check_scale(scale, query.shape[-1])
+    tensors = (query, key, value, key_start, key_length, *fields)
+    if not _wants_grad(query, key, value):
+        return forward(*tensors, None, None, block_table, scale)
+    if not _cuda.on_gpu(query):
+        check_width(visual, visual_mass.shape[-1])
+    counted = counted_queries(mass_from, mass_queries, key_length, query, key)
+    return _RoutedAttention.apply(*tensors, scale, None, CountedMass(visual_mass, counted))
+
+
+def _refuse_tracing(*tensors: Tensor | None) -> None:
+    if is_traced(*tensors):
+        raise ValueError(
+            "mass_in_backward does not work under torch.compile or another tracer, which would "
+            "have to know of what a backward adds to; leave it out there"
+        )
+
+
 def _packed_attention(
     query: Tensor,
     key: Tensor,
@@ -148,6 +212,8 @@ def _packed_attention(
     cu_seqlens: Tensor | Sequence[int],
     visual_mass: Tensor | None,
     mass_from: Tensor | None,
+    mass_in_backward: bool,
+    mass_queries: Tensor | None,
     scale: float | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -158,6 +224,9 @@ def _packed_attention(
     first = None if visual is None else visual.row(0)
     counted = (rows(visual_mass, 0), rows(mass_from, 0))
     _check(query, key, value, None, None, first, *counted, None, scale)
+    if mass_in_backward or mass_queries is not None:
+        check_in_backward(mass_in_backward, mass_queries, visual_mass, None, query)
+        _refuse_tracing(query, key, value, visual_mass, mass_queries, *_fields(visual))
     scale = check_scale(scale, query.shape[-1])
     together = has_kernels(query) and _cuda.on_gpu(query)
     together = together and _cuda_training.takes(query, key, value, None, scale)
@@ -166,6 +235,7 @@ def _packed_attention(
         for number, one in enumerate(heads):
             if one[0].shape[2] == 0:
                 continue
+            begin, end = bounds[number : number + 2]
             with _packed.naming(number):
                 out, lse = routed_attention(
                     *one,
@@ -174,6 +244,8 @@ def _packed_attention(
                     visual_mass=rows(visual_mass, number),
                     mass_from=rows(mass_from, number),
                     return_lse=True,
+                    mass_in_backward=mass_in_backward,
+                    mass_queries=None if mass_queries is None else mass_queries[:, begin:end],
                 )
             outs.append(out.transpose(1, 2))
             sums.append(lse)
@@ -183,10 +255,13 @@ def _packed_attention(
         return (out, torch.cat(sums, dim=2)) if return_lse else out
     tensors = (query, key, value, None, None, *_fields(visual))
     if _wants_grad(query, key, value):
-        out, lse = _RoutedAttention.apply(*tensors, scale, bounds)
+        later = None
+        if mass_in_backward:
+            later = CountedMass(visual_mass, counted_packed(mass_from, mass_queries, bounds))
+        out, lse = _RoutedAttention.apply(*tensors, scale, bounds, later)
     else:
         out, lse = forward(*tensors, None, None, None, scale, bounds=bounds)
-    if visual_mass is not None:
+    if visual_mass is not None and not mass_in_backward:
         for number, one in enumerate(heads):
             part = lse[..., bounds[number] : bounds[number + 1]].contiguous()
             fields = _fields(visual.row(number))
@@ -276,7 +351,7 @@ def _eager(
         raise ValueError("block_table has no gradient")
     if visual_mass is not None and not checked:  # no kernel will check it
         _check(*tensors[:5], visual, visual_mass, mass_from, block_table, scale)
-    out, lse = _RoutedAttention.apply(*tensors, scale, None)
+    out, lse = _RoutedAttention.apply(*tensors, scale, None, None)
     if visual_mass is not None:
         _add_mass(visual_mass, mass_from, lse, *tensors, scale)
     return out, lse
@@ -335,10 +410,10 @@ def _add_mass(
 class _RoutedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - autograd's own
-        *tensors, scale, bounds = args
+        *tensors, scale, bounds, mass = args
         out, lse = forward(*tensors, None, None, None, scale, keep=True, bounds=bounds)
         ctx.save_for_backward(*tensors, out, lse)
-        ctx.scale, ctx.bounds = scale, bounds
+        ctx.scale, ctx.bounds, ctx.mass = scale, bounds, mass
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -351,6 +426,9 @@ class _RoutedAttention(torch.autograd.Function):
                 raise ValueError(
                     "cu_seqlens has no backward that can be traced after an eager call"
                 )
+            if ctx.mass is not None:
+                _refuse_tracing(grad_out)
             call = torch.ops.lookagain.routed_attention_backward
-            return (*call(grad_out, out, lse, *tensors, ctx.scale), *[None] * 9)
-        return (*backward(grad_out, out, lse, tuple(tensors), ctx.scale, ctx.bounds), *[None] * 9)
+            return (*call(grad_out, out, lse, *tensors, ctx.scale), *[None] * 10)
+        grads = backward(grad_out, out, lse, tuple(tensors), ctx.scale, ctx.bounds, ctx.mass)
+        return (*grads, *[None] * 10)

@@ -115,8 +115,8 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
     - It logs `reflections/count` (a mean over answers), `reflections/length` (tokens, a mean over
       reflections) and `reflections/answers` (the share of answers with any).
     - It logs the seconds of a step by part: `seconds/rollout` (answers are sampled),
-      `seconds/scoring` (rewards, and log-probabilities of the old policy and of the reference),
-      `seconds/training` (forward and backward) and `seconds/measuring` (of `visual_attention`).
+      `seconds/scoring` (rewards, and log-probabilities of the old policy and of the reference)
+      and `seconds/training` (forward and backward).
     - A resumed run takes its data in the order in which it would have gone on.
     - `train_vision` and `train_tags_only` choose what trains.
 
@@ -194,9 +194,6 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
         if self._logged_step is None:
             self._logged_step = self.state.global_step
         return self._timed("training", super().training_step, *args, **keywords)
-
-    def _visual_attention(self, *args: Any, **keywords: Any) -> float:  # noqa: ANN401
-        return self._timed("measuring", super()._visual_attention, *args, **keywords)
 
     def _timed(self, part: str, work: Any, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
         """Do it, and count its seconds without those of the parts within it."""

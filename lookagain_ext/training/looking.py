@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -67,8 +66,11 @@ class LookingTrainer:
     nothing about the model changes.
 
     TRL's metric `num_tokens` gets two beside it: `tokens_per_second`, and `visual_attention`, the
-    share of the answers' attention that is on the picture, re-injected tokens included (mean over
-    layers and heads, of one batch of each logged step; it takes a forward without gradients).
+    share of the answers' attention that is on the picture, re-injected tokens included. It is that
+    of one batch of each logged step, counted in the step's own backward, under a session of its
+    own also with "off", so that this batch goes through the same attention kernels. The mean is
+    over heads and over the layers that the backward runs through: not those below everything that
+    trains. With backend "reencode", or with `torch_compile`, there is none.
 
     Weights are read back from checkpoints through `from_pretrained`. The Trainer's own way takes
     the names in the file for those of the module, which for Qwen2.5-VL they are not, and goes on
@@ -83,6 +85,7 @@ class LookingTrainer:
     look_again_sessions: tuple[LookAgainSession, ...] = ()
     _pace: tuple[float, float] | None = None
     _measured = 0
+    _measuring: LookAgainSession | None = None
 
     def _models_that_look(self) -> list[nn.Module]:
         """The models to open sessions on; a trainer with more than one adds to it."""
@@ -115,7 +118,7 @@ class LookingTrainer:
             return super().train(*args, **keywords)
 
     def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:  # noqa: ANN401
-        """The Trainer's; also says how many tokens a second went by since the log before."""
+        """The Trainer's; also the tokens a second since the log before, and what was measured."""
         metrics = self._metrics["train"]
         if metrics.get("num_tokens"):
             tokens, now = metrics["num_tokens"][-1], time.perf_counter()
@@ -123,6 +126,10 @@ class LookingTrainer:
                 speed = (tokens - self._pace[0]) / (now - self._pace[1])
                 metrics["tokens_per_second"] = [speed]
             self._pace = (tokens, now)
+        session, self._measuring = self._measuring, None
+        share = None if session is None else session.trace.answer_share
+        if share is not None:
+            metrics["visual_attention"] = [share]
         super().log(logs, *args, **keywords)
 
     def compute_loss(
@@ -132,35 +139,23 @@ class LookingTrainer:
         *args: Any,  # noqa: ANN401 - as the Trainer's
         **keywords: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """The Trainer's; measures the attention on the picture when a log is due."""
+        """The Trainer's; when a log is due, its backward counts the attention on the picture."""
+        if not self._is_measured(inputs):
+            return super().compute_loss(model, inputs, *args, **keywords)
+        self._measured = self.state.global_step + 1
+        config = replace(self.look_again_config, track_attention=True)
+        # What is checkpointed now is recomputed so, though the session ends before the backward.
+        with look_again(self.model, config, self.processing_class) as self._measuring:
+            return super().compute_loss(model, inputs, *args, **keywords)
+
+    def _is_measured(self, inputs: dict[str, Any]) -> bool:
+        """Whether this is the first batch with a picture of a step that will be logged."""
         step, every = self.state.global_step + 1, max(1, int(self.args.logging_steps))
         due = self.args.log_visual_attention and self.model.training and step % every == 0
-        due = due and bool({"attention_mask", "completion_mask"} & set(inputs))  # not if packed
-        if due and step != self._measured:
-            self._measured = step
-            self._metrics["train"]["visual_attention"] = [self._visual_attention(model, inputs)]
-        return super().compute_loss(model, inputs, *args, **keywords)
-
-    @torch.no_grad()
-    def _visual_attention(self, model: nn.Module, inputs: dict[str, Any]) -> float:
-        """Share of the answers' attention that is on the picture, mean over layers and heads."""
-        names = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
-        given = {name: inputs[name] for name in names if inputs.get(name) is not None}
-        if "completion_ids" in inputs:
-            kinds = ("prompt", "completion")
-            ids, mask = (torch.cat([inputs[f"{k}_{n}"] for k in kinds], 1) for n in ("ids", "mask"))
-            labels = ids.masked_fill(mask == 0, -100)
-            labels[:, : inputs["prompt_ids"].shape[1]] = -100
-        else:
-            ids, mask, labels = (inputs[n] for n in ("input_ids", "attention_mask", "labels"))
-        given |= {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        config = replace(self.look_again_config, track_attention=True, backend="virtual")
-        with (
-            look_again(self.model, config, self.processing_class) as session,
-            self.accelerator.autocast(),
-        ):
-            model(**given, use_cache=False, fused_lm_head=True)  # as TRL calls it
-            return float(session.trace.attention.sum() / (labels != -100).sum())
+        counts = self.look_again_config.backend != "reencode" and not self.args.torch_compile
+        pictures = ("pixel_values", "pixel_values_videos")
+        pictured = any(inputs.get(name) is not None for name in pictures)
+        return due and counts and pictured and step != self._measured
 
     def evaluate(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as the Trainer's
         """Evaluate within `looking`; arguments and result are the Trainer's."""

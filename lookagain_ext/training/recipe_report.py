@@ -254,7 +254,7 @@ def _brpo(config: RecipeConfig, folder: Path) -> str:
         "Seconds of a step, means of the run:",
         "",
     ]
-    kinds = ("rollout", "scoring", "training", "measuring")
+    kinds = ("rollout", "scoring", "training")
     lines += [f"| | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
     for preset, logs in runs.items():
         row = " | ".join(_mean(logs, f"seconds/{kind}", ".2f") for kind in kinds)

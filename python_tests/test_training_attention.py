@@ -1,0 +1,145 @@
+"""The trainers' metric `visual_attention`: from the step's own backward, and what a forward reads.
+
+What it is compared with is a forward of its own, without gradients, over the same batch under the
+same weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="needs the extra 'train'")
+pytest.importorskip("peft", reason="needs the extra 'train'")
+
+import test_training_brpo as brpo
+import test_training_trl_sft as sft
+from peft import LoraConfig
+
+from lookagain_ext.generation import look_again
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
+WAYS = {**brpo.WAYS, "append": {"strategy": "copy", "backend": "append"}}
+
+
+@torch.no_grad()
+def by_a_forward(trainer, inputs):
+    """The share of the answers' attention on the picture, token by token."""
+    names = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+    given = {name: inputs[name] for name in names}
+    if "completion_ids" in inputs:
+        kinds = ("prompt", "completion")
+        ids, mask = (torch.cat([inputs[f"{k}_{n}"] for k in kinds], 1) for n in ("ids", "mask"))
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, : inputs["prompt_ids"].shape[1]] = -100
+    else:
+        ids, mask, labels = (inputs[n] for n in ("input_ids", "attention_mask", "labels"))
+    config = replace(trainer.look_again_config, track_attention=True)
+    with look_again(trainer.model, config, trainer.processing_class) as session:
+        trainer.model(**given, input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
+        return float(session.trace.attention.sum() / (labels != -100).sum())
+
+
+def spied(trainer):
+    """What a forward reads of each batch that the trainer trains on, in order."""
+    read, compute = [], trainer.compute_loss
+
+    def spy(model, inputs, *args, **keywords):
+        read.append(by_a_forward(trainer, inputs))
+        return compute(model, inputs, *args, **keywords)
+
+    trainer.compute_loss = spy
+    return read
+
+
+def logged(trainer):
+    return [line["visual_attention"] for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_brpo(way, checkpointing, tmp_path):
+    """Three steps; the old policy and the reference, which TRL also asks, are not measured."""
+    settings = {"max_steps": 3, "num_iterations": 2}
+    if checkpointing is not None:
+        settings["gradient_checkpointing"] = True
+        settings["gradient_checkpointing_kwargs"] = {"use_reentrant": checkpointing}
+    trainer, _ = brpo.make_trainer(tmp_path, WAYS[way], **settings)
+    read = spied(trainer)
+    trainer.train()
+    assert logged(trainer) == pytest.approx(read, rel=1e-4) and len(read) == 3
+    assert len(set(read)) == 3 and all(0 < share < 1 for share in read)
+    brpo.assert_plain(trainer.model)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_sft(way, checkpointing, tmp_path):
+    """Only the first batch of a step is measured."""
+    settings = {"max_steps": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
+    if checkpointing is not None:
+        settings["gradient_checkpointing"] = True
+        settings["gradient_checkpointing_kwargs"] = {"use_reentrant": checkpointing}
+    trainer = sft.make_trainer(tmp_path, WAYS[way], **settings)
+    read = spied(trainer)
+    trainer.train()
+    assert len(read) == 4
+    assert logged(trainer) == pytest.approx(read[::2], rel=1e-4)
+
+
+@pytest.mark.parametrize("trains", [["q_proj"], ["v_proj"], ["o_proj"]])
+def test_layers_below_all_that_trains_do_not_count(trains, tmp_path):
+    """With an adapter on the upper of two layers the lower one has no backward to count in."""
+    lora = LoraConfig(r=4, target_modules=trains, layers_to_transform=[1])
+    trainer = sft.make_trainer(tmp_path, max_steps=1, lora=lora, train_tags_only=False)
+    read = spied(trainer)
+    trainer.train()
+    if trains == ["o_proj"]:  # behind the attention: nothing has a backward
+        assert "visual_attention" not in trainer.state.log_history[0]
+    else:
+        assert 0 < logged(trainer)[0] < 1
+        assert logged(trainer)[0] != pytest.approx(read[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("way", ["copy", "route", "off"])
+def test_no_forward_more_and_none_measured_without_a_log(way, tmp_path):
+    """Four steps, two logs: forwards of the decoder with the metric and without."""
+    counts, measured = [], []
+    for wanted in (False, True):
+        settings = {"max_steps": 4, "logging_steps": 2, "log_visual_attention": wanted}
+        trainer = sft.make_trainer(tmp_path / str(wanted), WAYS[way], **settings)
+        asked = []
+        trainer.model.model.language_model.layers[0].register_forward_pre_hook(
+            lambda _, __, keywords, asked=asked: asked.append("backward_probe" in keywords),
+            with_kwargs=True,
+        )
+        trainer.train()
+        counts.append(len(asked))
+        measured.append(sum(asked))
+        lines = [line for line in trainer.state.log_history if "loss" in line]
+        assert [("visual_attention" in line) for line in lines] == [wanted] * 2
+    assert counts[0] == counts[1] and measured == [0, 2]
+
+
+def test_the_step_is_the_same_step(tmp_path):
+    """Counting changes no weight by a bit where the model looks again anyway."""
+    weights = []
+    for wanted in (False, True):
+        trainer = sft.make_trainer(tmp_path / str(wanted), log_visual_attention=wanted)
+        trainer.train()
+        weights.append([p.detach() for p in trainer.model.parameters()])
+    for one, other in zip(*weights, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_re_encoding_has_no_metric(tmp_path):
+    way = {"strategy": "copy", "backend": "reencode"}
+    trainer = sft.make_trainer(tmp_path, way, max_steps=1)
+    trainer.train()
+    assert "visual_attention" not in trainer.state.log_history[0]
+    assert "loss" in trainer.state.log_history[0]
