@@ -248,3 +248,31 @@ def test_a_step_can_be_captured(
     graph.replay()
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b.view(a.shape))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_op_counts_within_the_backward(
+    packed: bool, device: torch.device, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mass_in_backward` takes the column sums, and no pass of its own."""
+    sequences = Packed(device, torch.bfloat16, keys=60, select=True)
+    heads, visual = sequences.heads, sequences.visual
+    keywords = {"cu_seqlens": sequences.cu_seqlens}
+    if not packed:
+        heads, visual = sequences.alone(1)
+        keywords = {}
+    rows = visual.spans.shape[0]
+    mass_from = torch.full((rows,), 20, dtype=torch.int32, device=device)
+    keywords |= {"mass_from": mass_from}
+    before, within = torch.zeros(2, rows, 2, visual.selected.shape[-1], device=device)
+    ops.routed_attention(*heads, visual, visual_mass=before, **keywords)
+    inputs = [x.detach().clone().requires_grad_() for x in heads]
+    out = ops.routed_attention(
+        *inputs, visual, visual_mass=within, mass_in_backward=True, **keywords
+    )
+    monkeypatch.setattr(_cuda, "launch_visual_mass", None)  # would not be called
+    assert within.abs().max() == 0
+    out.sum().backward()
+    assert calls == ["forward", "forward", "backward"]
+    torch.testing.assert_close(within, before, atol=2e-2, rtol=2e-2)
+    assert within.sum(-1).min() > 0
