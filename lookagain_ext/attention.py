@@ -97,7 +97,7 @@ def lookagain_attention(
     if mass is not None and not (isinstance(mass, Tensor) and mass.dim() == 3):
         mass = mass[module.layer_idx]
     if backward_probe is not None and not is_traced(query, key, value):
-        counting = backward_probe.keywords(key)
+        counting = backward_probe.keywords(key, module.layer_idx)
         out = ops.routed_attention(query, key, value, visual_context, **counting, **keywords)
         backward_probe.watch(out, module.layer_idx)
     elif mass_probe is None:

@@ -38,8 +38,9 @@ class LookAgainConfig:
             only; "latest" replaces the oldest ("virtual" only).
         track_attention: record the attention on every visual token at every step. Of a forward
             over whole sequences with gradients, the backward counts that of the whole answer (the
-            trace's `answer_attention`), at next to no cost. A forward over whole sequences is not
-            tracked with "reencode", nor are layers that `torch.compile` compiled.
+            trace's `answer_attention`): on a CPU at next to no cost, on a GPU by a pass over the
+            picture's keys. A forward over whole sequences is not tracked with "reencode", nor are
+            layers that `torch.compile` compiled.
 
     Raises:
         ValueError: a value that is not allowed, by name.

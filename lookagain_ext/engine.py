@@ -232,7 +232,9 @@ class Engine:
         positions = _axes(positions if given else self.family.positions(keywords))
         mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])
         packing, real = Packing.find(positions, mask, keywords.get("cu_seq_lens_q")), None
-        if packing is not None:
+        if packing is None:
+            real = None if mask is None else mask.to(ids.device) != 0
+        else:
             mask, keywords = None, {**keywords, "attention_mask": None}
             ids, positions, real = packing.rows(ids, -1), packing.rows(positions), packing.real
             labels = None if labels is None else packing.rows(labels, -100)

@@ -1,7 +1,8 @@
-"""ROUTE over a whole sequence: measuring attention in its forward, and choosing by it."""
+"""Attention of whole sequences on their visual tokens: measured, tracked, and ROUTE by it."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -45,6 +46,9 @@ class MassProbe:
 class BackwardProbe:
     """Collects the visual mass of whole answers as the backward of each layer runs.
 
+    A layer whose backward runs again counts its mean, so that one differentiated more often than
+    others weighs no more.
+
     Not a dataclass: what wraps layers (FSDP) takes these apart and hands on a copy.
 
     Args:
@@ -53,28 +57,30 @@ class BackwardProbe:
         width: L_c.
 
     Attributes:
-        layers: those whose backward ran, by index.
+        passes: of each layer's backward, by index.
     """
 
     def __init__(self, queries: Tensor, rows: int, width: int) -> None:
-        self.layers: set[int] = set()
+        self.passes: Counter[int] = Counter()
         self._queries = queries
         self._shape = (rows, width)
-        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._totals: dict[int, Tensor] = {}
 
-    def keywords(self, key: Tensor) -> dict[str, Any]:
+    def keywords(self, key: Tensor, layer: int) -> dict[str, Any]:
         """What lets a layer's `routed_attention` count in its backward, on the layer's device."""
-        if key.device not in self._on:
+        if layer not in self._totals:
             rows, width = self._shape
-            total = torch.zeros(rows, key.shape[1], width, device=key.device)
-            self._on[key.device] = (total, self._queries.to(key.device))
-        total, queries = self._on[key.device]
-        return {"visual_mass": total, "mass_in_backward": True, "mass_queries": queries}
+            shape = (rows, key.shape[1], width)
+            self._totals[layer] = torch.zeros(shape, dtype=torch.float32, device=key.device)
+        if self._queries.device != key.device:
+            self._queries = self._queries.to(key.device)
+        counting = {"visual_mass": self._totals[layer], "mass_queries": self._queries}
+        return {**counting, "mass_in_backward": True}
 
     def watch(self, out: Tensor, layer: int) -> None:
         """Note the layer when a gradient reaches its attention's output."""
         if out.requires_grad:
-            out.register_hook(lambda _: self.layers.add(layer))
+            out.register_hook(lambda _: self.passes.update((layer,)))
 
     def attention(self, heads: int) -> Tensor | None:
         """Mean over `heads` and over the layers whose backward ran; None before any did.
@@ -82,10 +88,10 @@ class BackwardProbe:
         Returns:
             float32 [B, L_c] on the CPU, summed over the counted queries; this waits for the device.
         """
-        if not self.layers:
+        if not self.passes:
             return None
-        totals = [total.sum(1).cpu() for total, _ in self._on.values()]
-        return torch.stack(totals).sum(0) / (heads * len(self.layers))
+        means = [self._totals[layer].sum(1).cpu() / n for layer, n in self.passes.items()]
+        return torch.stack(means).mean(0) / heads
 
 
 class ProbeFilled(Exception):  # noqa: N818 - nothing went wrong

@@ -133,7 +133,9 @@ class SequenceForward:
             self.backward_probe = BackwardProbe(queries, len(counted), width)
             return {"backward_probe": self.backward_probe}
         rows = sequence.each_counted()
-        self.probe = MassProbe(rows, torch.zeros(*rows.shape[:2], width, device=rows.device))
+        shape = (*rows.shape[:2], width)
+        total = torch.zeros(shape, dtype=torch.float32, device=rows.device)
+        self.probe = MassProbe(rows, total)
         return {"mass_probe": self.probe}
 
     def _bounds(self) -> dict[str, Any]:

@@ -184,7 +184,8 @@ def test_compiled_layers_train_uncounted():
     with look_again(model, tracked) as session:
         model(**batch, use_cache=False).loss.backward()
         found = session.trace
-    assert found.answer_attention is not None  # of the other layer
+        assert set(session._engine._latest.backward_probe.passes) == {1}  # the other layer
+    assert found.answer_attention is not None
     assert all(p.grad is not None for p in layers[0].parameters())
 
 
@@ -196,3 +197,50 @@ def test_summary_tells_the_share():
         trace = session.trace
     share = trace.answer_attention[0].sum() / trace.answer_tokens[0]
     assert f"Mean attention on visual tokens: {share:.1%}." in trace.summary()
+
+
+def test_differentiated_again_it_is_the_same_share():
+    """A second backward, and one layer's alone before all: no layer weighs more for it."""
+    model = tiny_model()
+    batch = padded_batch(model, "copy")
+    shares = []
+    for ways in (["all"], ["all", "all"], ["upper", "all"]):
+        model.zero_grad()
+        with look_again(model, config(track_attention=True)) as session:
+            loss = model(**batch, use_cache=False).loss
+            upper = model.model.language_model.layers[1].self_attn.q_proj.weight
+            for way in ways:
+                if way == "upper":
+                    torch.autograd.grad(loss, upper, retain_graph=True)
+                else:
+                    loss.backward(retain_graph=True)
+            shares.append(session.trace.answer_share)
+    assert 0 < shares[0] < 1
+    assert shares == pytest.approx([shares[0]] * 3, rel=1e-5)
+
+
+def test_under_another_default_dtype():
+    model = tiny_model()
+    batch = padded_batch(model, "copy")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with look_again(model, config(track_attention=True)) as session:
+            model(**batch, use_cache=False).loss.backward()
+            assert session.trace.answer_attention.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_padding_is_no_part_of_an_answer():
+    """Without labels all that follows the picture counts, but for what the mask leaves out."""
+    model = tiny_model()
+    batch = padded_batch(model, "copy")
+    batch.pop("labels")
+    found = []
+    for masked in (3, 5):
+        batch["attention_mask"][:, -masked:] = 0
+        with torch.no_grad(), look_again(model, config(track_attention=True)) as session:
+            model(**batch, use_cache=False)
+            found.append(session.trace.answer_tokens)
+    assert torch.equal(found[0], found[1] + 2)

@@ -108,7 +108,10 @@ def test_layers_below_all_that_trains_do_not_count(trains, tmp_path):
 
 @pytest.mark.parametrize("way", ["copy", "route", "off"])
 def test_no_forward_more_and_none_measured_without_a_log(way, tmp_path):
-    """Four steps, two logs: forwards of the decoder with the metric and without."""
+    """Four steps, two logs: forwards of the decoder with the metric and without.
+
+    With "off" other attention trains, and the metric takes a forward at each log.
+    """
     counts, measured = [], []
     for wanted in (False, True):
         settings = {"max_steps": 4, "logging_steps": 2, "log_visual_attention": wanted}
@@ -123,23 +126,79 @@ def test_no_forward_more_and_none_measured_without_a_log(way, tmp_path):
         measured.append(sum(asked))
         lines = [line for line in trainer.state.log_history if "loss" in line]
         assert [("visual_attention" in line) for line in lines] == [wanted] * 2
-    assert counts[0] == counts[1] and measured == [0, 2]
+    more, within = (2, 0) if way == "off" else (0, 2)
+    assert counts[1] == counts[0] + more and measured == [0, within]
 
 
-def test_the_step_is_the_same_step(tmp_path):
-    """Counting changes no weight by a bit where the model looks again anyway."""
+@pytest.mark.parametrize("way", ["copy", "off"])
+def test_the_step_is_the_same_step(way, tmp_path):
+    """Counting changes no weight by a bit."""
     weights = []
     for wanted in (False, True):
-        trainer = sft.make_trainer(tmp_path / str(wanted), log_visual_attention=wanted)
+        settings = {"log_visual_attention": wanted}
+        trainer = sft.make_trainer(tmp_path / str(wanted), WAYS[way], **settings)
         trainer.train()
         weights.append([p.detach() for p in trainer.model.parameters()])
     for one, other in zip(*weights, strict=True):
         assert torch.equal(one, other)
 
 
-def test_re_encoding_has_no_metric(tmp_path):
+def test_re_encoding_has_the_metric_of_virtual(tmp_path):
     way = {"strategy": "copy", "backend": "reencode"}
     trainer = sft.make_trainer(tmp_path, way, max_steps=1)
+    twin = sft.make_trainer(tmp_path / "twin", {"strategy": "copy"}, max_steps=1)
+    for each in (trainer, twin):
+        each.train()
+    assert logged(trainer) == pytest.approx(logged(twin), rel=1e-4)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the forward", "after it"])
+def test_a_run_that_fails_leaves_nothing_behind(before, tmp_path):
+    """What a failed step had begun to measure is not that of the next run's batch."""
+    trainer = sft.make_trainer(tmp_path, max_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        if before:
+            hook = trainer.model.model.register_forward_pre_hook(_fail, prepend=True)
+        else:
+            patch.setattr(trainer.accelerator, "backward", _fail)
+        with pytest.raises(RuntimeError, match="cut off"):
+            trainer.train()
+        assert trainer._measuring is not None
+        if before:
+            hook.remove()
+            trainer.log({"after": 1.0})  # as a callback might
+            assert "visual_attention" not in trainer.state.log_history[-1]
+    read = spied(trainer)
+    for runs in (1, 2):
+        trainer.train()
+        assert len(read) == runs and logged(trainer) == pytest.approx(read[-1:], rel=1e-4)
+
+
+def _fail(*_: object, **__: object) -> None:
+    raise RuntimeError("cut off")
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured"),
+    [
+        ({"logging_strategy": "no", "logging_steps": 1}, []),
+        ({"logging_steps": 0.5}, [2, 4]),
+        ({"logging_steps": 3, "logging_first_step": True}, [1, 3]),
+    ],
+    ids=str,
+)
+def test_only_logged_steps_are_measured(settings, measured, tmp_path):
+    trainer = sft.make_trainer(tmp_path, max_steps=4, **settings)
+    found, compute = [], trainer.compute_loss
+
+    def spy(*args, **keywords):
+        result = compute(*args, **keywords)
+        if trainer._measuring is not None:
+            found.append(trainer.state.global_step + 1)
+        return result
+
+    trainer.compute_loss = spy
     trainer.train()
-    assert "visual_attention" not in trainer.state.log_history[0]
-    assert "loss" in trainer.state.log_history[0]
+    assert found == measured
+    lines = [x["step"] for x in trainer.state.log_history if "visual_attention" in x]
+    assert lines == measured

@@ -104,14 +104,21 @@ def _launch(
     longest = 0
     if bounds is not None:
         longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
-        bounds = _on_device(bounds, tensors[0].device)
+        capturing = _cuda.is_capturing(tensors[0])
+        bounds = (_filled if capturing else _on_device)(bounds, tensors[0].device)
     _cuda.launch_many_queries(*tensors, gradients, mass, *index, bounds, longest, scale)
 
 
 @functools.lru_cache(maxsize=64)
 def _on_device(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept, so that layers share one copy and a captured graph finds it where it was."""
+    """Kept, so that layers share one copy."""
     return torch.tensor(bounds, dtype=torch.int32).to(device)
+
+
+def _filled(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    """The same in a graph's own memory, by kernels: a capture allows no copy from the host."""
+    kind = {"dtype": torch.int32, "device": device}
+    return torch.cat([torch.full((1,), bound, **kind) for bound in bounds])
 
 
 def _like_models(x: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def routed_attention(
     Differentiable in query, key and value; a re-injected sighting sends its gradient to the one
     row it came from. Neither `visual_mass` nor the log-sum-exp is differentiated. The same inputs
     give the same bits, on a GPU those of gradients where torch is asked for deterministic
-    algorithms (`torch.use_deterministic_algorithms`), which take two to three times as long there.
+    algorithms (`torch.use_deterministic_algorithms`), which take two to three times as long there,
+    or where our own kernels are chosen (`LOOKAGAIN_CUDA_TRAINING=kernels`).
 
     Args:
         query: [B, H_q, L_q, D], float32, bfloat16, float16 or (CPU) float64; any strides with a
@@ -91,8 +92,9 @@ def routed_attention(
         return_lse: also return the log-sum-exp of the logits.
         mass_in_backward: add to `visual_mass` when this call's backward runs, which has the
             probabilities anyway, instead of now: once for each backward, so once for a layer that
-            gradient checkpointing computes again, and not at all where no gradient is wanted. (On
-            a GPU it is a pass of its own still.) Not under `torch.compile`.
+            gradient checkpointing computes again, and not at all where no gradient is wanted.
+            (Beside the gradients of a GPU's library it is a pass of its own.) Not under
+            `torch.compile`.
         mass_queries: bool [B, L_q], with `mass_in_backward`: the queries that are counted, as far
             as `mass_from` counts them too; default all. [1, L_q] with `cu_seqlens`.
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -67,10 +68,12 @@ class LookingTrainer:
 
     TRL's metric `num_tokens` gets two beside it: `tokens_per_second`, and `visual_attention`, the
     share of the answers' attention that is on the picture, re-injected tokens included. It is that
-    of one batch of each logged step, counted in the step's own backward, under a session of its
-    own also with "off", so that this batch goes through the same attention kernels. The mean is
-    over heads and over the layers that the backward runs through: not those below everything that
-    trains. With backend "reencode", or with `torch_compile`, there is none.
+    of one batch with a picture in each step that is logged (by `logging_steps`), counted in the
+    step's own backward, and changes nothing about the step. The mean is over heads and over the
+    layers that the backward runs through: not those below everything that trains. With "off",
+    backend "reencode" or `torch_compile`, where other attention trains, it takes a forward of its
+    own without gradients; the mean is over all layers then, and of "reencode" it is the share that
+    "virtual" would have.
 
     Weights are read back from checkpoints through `from_pretrained`. The Trainer's own way takes
     the names in the file for those of the module, which for Qwen2.5-VL they are not, and goes on
@@ -114,6 +117,7 @@ class LookingTrainer:
 
     def train(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as the Trainer's
         """Train within `looking`; arguments and result are the Trainer's."""
+        self._measured, self._measuring = 0, None  # an earlier run's may have been cut off
         with self.looking():
             return super().train(*args, **keywords)
 
@@ -127,7 +131,8 @@ class LookingTrainer:
                 metrics["tokens_per_second"] = [speed]
             self._pace = (tokens, now)
         session, self._measuring = self._measuring, None
-        share = None if session is None else session.trace.answer_share
+        trace = None if session is None else session.trace  # None: its forward failed
+        share = None if trace is None else trace.answer_share
         if share is not None:
             metrics["visual_attention"] = [share]
         super().log(logs, *args, **keywords)
@@ -143,19 +148,48 @@ class LookingTrainer:
         if not self._is_measured(inputs):
             return super().compute_loss(model, inputs, *args, **keywords)
         self._measured = self.state.global_step + 1
-        config = replace(self.look_again_config, track_attention=True)
+        looking = self.look_again_config
+        if not looking.looks or looking.backend == "reencode" or self.args.torch_compile:
+            share = self._share_of_a_forward(model, inputs)
+            if share is not None:
+                self._metrics["train"]["visual_attention"] = [share]
+            return super().compute_loss(model, inputs, *args, **keywords)
+        config = replace(looking, track_attention=True)
         # What is checkpointed now is recomputed so, though the session ends before the backward.
         with look_again(self.model, config, self.processing_class) as self._measuring:
             return super().compute_loss(model, inputs, *args, **keywords)
 
     def _is_measured(self, inputs: dict[str, Any]) -> bool:
         """Whether this is the first batch with a picture of a step that will be logged."""
-        step, every = self.state.global_step + 1, max(1, int(self.args.logging_steps))
-        due = self.args.log_visual_attention and self.model.training and step % every == 0
-        counts = self.look_again_config.backend != "reencode" and not self.args.torch_compile
+        step, every = self.state.global_step + 1, max(1, int(self.state.logging_steps))
+        first = self.args.logging_first_step and step == 1
+        due = self.args.logging_strategy == "steps" and (first or step % every == 0)
+        due = due and self.args.log_visual_attention and self.model.training
         pictures = ("pixel_values", "pixel_values_videos")
         pictured = any(inputs.get(name) is not None for name in pictures)
-        return due and counts and pictured and step != self._measured
+        padded = bool({"attention_mask", "completion_mask"} & set(inputs))  # not packed
+        return due and pictured and padded and step != self._measured
+
+    @torch.no_grad()
+    def _share_of_a_forward(self, model: nn.Module, inputs: dict[str, Any]) -> float | None:
+        """Share of the answers' attention that is on the picture, by a forward of its own."""
+        names = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+        given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        if "completion_ids" in inputs:
+            kinds = ("prompt", "completion")
+            ids, mask = (torch.cat([inputs[f"{k}_{n}"] for k in kinds], 1) for n in ("ids", "mask"))
+            labels = ids.masked_fill(mask == 0, -100)
+            labels[:, : inputs["prompt_ids"].shape[1]] = -100
+        else:
+            ids, mask, labels = (inputs[n] for n in ("input_ids", "attention_mask", "labels"))
+        given |= {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        config = replace(self.look_again_config, track_attention=True, backend="virtual")
+        with (
+            look_again(self.model, config, self.processing_class) as session,
+            self.accelerator.autocast(),
+        ):
+            model(**given, use_cache=False, fused_lm_head=True)  # as TRL calls it
+            return session.trace.answer_share
 
     def evaluate(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as the Trainer's
         """Evaluate within `looking`; arguments and result are the Trainer's."""
