@@ -28,18 +28,26 @@ __global__ void __launch_bounds__(kThreads) mark_keys(const ManyLaunch a) {
   a.shown[row.place_of_key(key)] = bits;
 }
 
-// The keys that a re-injection shows, in order. A block for each row and list.
+// The keys that a re-injection shows, in order. A block for each row and list, which walks from the
+// first visual key to the last: in sequences of many thousands they are few.
 __global__ void __launch_bounds__(kThreads) list_keys(const ManyLaunch a) {
   int* found = reinterpret_cast<int*>(dynamic_shared());  // by each warp
   const int64_t lists = a.num_lists(), list = blockIdx.x % lists;
   const Row row(a, blockIdx.x / lists);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int32_t* to = a.lists + list * a.num_keys() + row.place_of_key(0);
-  int count = 0;
-  for (int first = 0; first < row.keys.end; first += kThreads) {
+  const int32_t* spans = row_spans(a.p.visual, row.number);
+  int begin = row.keys.end, end = 0, count = 0;
+  for (int64_t s = 0; s < a.p.visual.num_spans; ++s) {
+    if (spans[2 * s + 1] <= 0) continue;
+    const int64_t last = static_cast<int64_t>(spans[2 * s]) + spans[2 * s + 1];
+    if (spans[2 * s] < begin) begin = spans[2 * s] < 0 ? 0 : spans[2 * s];
+    if (last > end) end = last < row.keys.end ? static_cast<int>(last) : row.keys.end;
+  }
+  for (int first = begin; first < end; first += kThreads) {
     const int key = first + static_cast<int>(threadIdx.x);
     bool shows = false;
-    if (key < row.keys.end) {
+    if (key < end) {
       const int64_t at = row.place_of_key(key);
       shows = a.p.visual.selected == nullptr ? a.token[at] >= 0 : (a.shown[at] >> list & 1) != 0;
     }
