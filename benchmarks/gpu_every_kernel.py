@@ -100,39 +100,57 @@ def mass(dtype: torch.dtype, size: int, groups: int = 7, aligned: bool = True) -
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
 
 
-def training(dtype: torch.dtype, size: int, packed: bool = False) -> None:
-    """Forward and backward with many queries by our own kernels, and the mass within it."""
-    heads = (HEADS * 3, HEADS, HEADS)
-    batch, keys = (1, 2 * QUERIES) if packed else (BATCH, QUERIES)
-    tensors = [torch.randn(batch, n, keys, size, device=DEVICE, dtype=dtype) for n in heads]
-    inv_freq = 1e4 ** -(torch.arange(size // 2, device=DEVICE) / (size // 2))
-    everyone = torch.ones(BATCH, dtype=torch.bool, device=DEVICE)
-    spans = torch.tensor([[[2, 10], [15, 12]]] * BATCH, dtype=torch.int32, device=DEVICE)
-    visual = VisualContext.from_spans(spans, inv_freq)
-    for shift, start in ((40, 30), (60, QUERIES - 9)):
-        chosen = torch.rand(BATCH, 22, device=DEVICE) < 0.6
-        visual = visual.reinject(everyone, shift, start, chosen)
-    fields = (visual.spans, visual.inv_freq, visual.shift, visual.start, visual.selected)
-    fields, scale = (None, None, *fields), size**-0.5
-    bounds = (0, QUERIES, 2 * QUERIES) if packed else None
-    out, lse = _cuda_many.forward(*tensors, fields, scale, bounds)
-    mass = torch.zeros(BATCH, HEADS, 22, device=DEVICE)
-    grads = _cuda_many.backward(
-        out, *tensors, out, lse, fields, scale, bounds, CountedMass(mass, None)
+def training(
+    dtype: torch.dtype, size: int, packed: bool = False, again: int = 2, select: bool = True
+) -> None:
+    """Forward and backward with many queries by our own kernels, and the mass within it.
+
+    Ragged rows, or sequences packed into one, of which one is empty.
+    """
+    heads, tokens = (HEADS * 7, HEADS, HEADS), 22
+    edges = [0, QUERIES, QUERIES, 2 * QUERIES] if packed else None
+    batch, keys, rows = (1, edges[-1], 3) if packed else (BATCH, QUERIES, BATCH)
+    query, key, value = (
+        torch.randn(batch, n, keys, size, device=DEVICE, dtype=dtype) for n in heads
     )
-    for row in range(BATCH):
-        part = slice(row * QUERIES, (row + 1) * QUERIES) if packed else slice(None)
-        mine = 0 if packed else row
-        inputs = [x[mine : mine + 1, :, part].detach().requires_grad_() for x in tensors]
-        expected_mass = torch.zeros(1, HEADS, 22, device=DEVICE)
+    inv_freq = 1e4 ** -(torch.arange(size // 2, device=DEVICE) / (size // 2))
+    everyone = torch.ones(rows, dtype=torch.bool, device=DEVICE)
+    spans = torch.tensor([[[2, 10], [15, 12]]] * rows, dtype=torch.int32, device=DEVICE)
+    visual = VisualContext.from_spans(spans, inv_freq)
+    for shift, start in ((40, 30), (60, QUERIES - 9))[:again]:
+        chosen = torch.rand(rows, tokens, device=DEVICE) < 0.6 if select else None
+        visual = visual.reinject(everyone, shift, start, chosen)
+    limits = (None, None)
+    if not packed:
+        limits = [torch.tensor(x, device=DEVICE).int() for x in ([0, 4], [QUERIES, QUERIES - 7])]
+    fields = (visual.spans, visual.inv_freq, visual.shift, visual.start, visual.selected)
+    fields, scale = (*limits, *fields), size**-0.5
+    bounds = None if edges is None else tuple(edges)
+    out, lse = _cuda_many.forward(query, key, value, fields, scale, bounds)
+    mass = torch.zeros(rows, HEADS, tokens, device=DEVICE)
+    wanted = CountedMass(mass, None)
+    upstream = torch.randn_like(out)
+    tensors = (upstream, query, key, value, out, lse)
+    grads = _cuda_many.backward(*tensors, fields, scale, bounds, wanted)
+    for row in range(rows):
+        part = slice(*edges[row : row + 2]) if packed else slice(None)
+        mine = slice(0, 1) if packed else slice(row, row + 1)
+        inputs = [x[mine, :, part].detach().requires_grad_() for x in (query, key, value)]
+        if inputs[0].shape[2] == 0:
+            continue
+        expected_mass = torch.zeros(1, HEADS, tokens, device=DEVICE)
+        ragged = {} if packed else dict(zip(("key_start", "key_length"), limits, strict=True))
         expected = reference.routed_attention(
-            *inputs, visual.row(row), scale=scale, visual_mass=expected_mass
+            *inputs,
+            visual.row(row),
+            scale=scale,
+            visual_mass=expected_mass,
+            **{name: limit[mine] for name, limit in ragged.items()},
         )
-        upstream = out[mine : mine + 1, :, part]
-        found = [upstream, mass[row : row + 1], *(x[mine : mine + 1, :, part] for x in grads)]
-        wanted = [expected, expected_mass, *torch.autograd.grad(expected, inputs, upstream)]
-        for ours, other in zip(found, wanted, strict=True):
-            torch.testing.assert_close(ours, other, atol=2e-2, rtol=2e-2)
+        exact = torch.autograd.grad(expected, inputs, upstream[mine, :, part])
+        found = [out[mine, :, part], mass[row : row + 1], *(x[mine, :, part] for x in grads)]
+        for ours, other in zip(found, [expected, expected_mass, *exact], strict=True):
+            torch.testing.assert_close(ours, other, atol=4e-2, rtol=4e-2)
 
 
 def append(dtype: torch.dtype, size: int) -> None:
@@ -170,6 +188,8 @@ def main() -> None:
         for size in (64, 80, 128):
             training(dtype, size)
         training(dtype, 128, packed=True)
+        training(dtype, 128, select=False)
+        training(dtype, 128, again=0)
         mass(dtype, 128, groups=1)
         mass(dtype, 128, aligned=False)
     Attention(torch.float32).check()

@@ -101,6 +101,27 @@ def test_unread_slots_are_not_touched(case: Case, device: torch.device) -> None:
         assert torch.equal(a, b)
 
 
+def test_a_key_shown_only_after_the_end_is_not_read(device: torch.device) -> None:
+    """Visual keys before `key_start`, shown again from a place that no query reaches."""
+    spans = torch.tensor([[[2, 4]]], dtype=torch.int32, device=device)
+    shift, start, begin = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([[9]], [[40]], [8])
+    )
+    case = Case(batch=1, queries=40, keys=40, again=0, ragged=False, dtype=torch.bfloat16)
+    problem = case.make(device)
+    visual = VisualContext(spans, problem.visual.inv_freq, shift, start)
+    results = []
+    for poison in (0.0, torch.nan):
+        tensors = [x.detach().clone() for x in problem[:3]]
+        for cache in tensors[1:]:
+            cache[:, :, :8] = poison
+        inputs = [x.requires_grad_() for x in tensors]
+        out = ops.routed_attention(*inputs, visual, key_start=begin)
+        results.append([out, *torch.autograd.grad(out.sum(), inputs)])
+    for clean, poisoned in zip(*results, strict=True):
+        assert torch.equal(clean, poisoned)
+
+
 def test_re_injection_that_starts_anywhere(device: torch.device) -> None:
     """Every start from before the first query to after the last, and none."""
     starts = [20, 28, 29, 35, 40, 41, 57, 58, NEVER]
@@ -216,37 +237,45 @@ def test_packed_mass_has_a_row_for_each_sequence(device: torch.device) -> None:
         torch.testing.assert_close(mass[number], exact, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 def test_a_step_can_be_captured(
-    device: torch.device, calls: list[str], monkeypatch: pytest.MonkeyPatch
+    packed: bool, device: torch.device, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward in a CUDA graph, which nobody has to choose these kernels for."""
     if device.type != "cuda":
         pytest.skip("CUDA graphs")
-    problem = FITTING[2].but(dtype=torch.bfloat16, poison=False).make(device)
-    expected = differentiate(ops.routed_attention, problem)
-    monkeypatch.setattr(_cuda_many, "choice", "auto")
-    inputs = [x.detach().clone().requires_grad_() for x in problem[:3]]
-    draw = torch.Generator().manual_seed(1)
-    weight = torch.randn(expected[0].shape, generator=draw, dtype=torch.float64).to(expected[0])
+    sequences = Packed(device, torch.bfloat16, select=True)
+    heads, visual = sequences.heads, sequences.visual
+    keywords = {"cu_seqlens": sequences.cu_seqlens.tolist()}
+    if not packed:
+        heads, visual = sequences.alone(1)
+        keywords = {}
+    inputs = [x.detach().clone().requires_grad_() for x in heads]
+    weight = torch.randn(heads[0].shape, generator=torch.Generator().manual_seed(1)).to(heads[0])
+    rows = visual.spans.shape[0]
+    mass = torch.zeros(rows, 2, visual.selected.shape[-1], device=device)
+    keywords |= {"visual_mass": mass, "mass_in_backward": True}
+    keywords["mass_from"] = torch.full((rows,), 20, dtype=torch.int32, device=device)
 
     def step() -> list[Tensor]:
-        out, lse = ops.routed_attention(
-            *inputs, problem.visual, return_lse=True, **problem.kwargs()
-        )
+        out, lse = ops.routed_attention(*inputs, visual, return_lse=True, **keywords)
         return [out, lse, *torch.autograd.grad(out, inputs, weight)]
 
+    expected, counted = step(), mass.clone()
+    monkeypatch.setattr(_cuda_many, "choice", "auto")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
-    assert calls == ["forward", "backward"]  # the first way only: "auto" takes the library's
+    assert calls == ["forward", "backward"]  # "auto" takes the library's way elsewhere
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = step()
     assert calls == ["forward", "backward"] * 2
+    mass.zero_()
     graph.replay()
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip([*found, mass], [*expected, counted], strict=True):
         assert torch.equal(a, b.view(a.shape))
 
 

@@ -72,7 +72,7 @@ struct PackedRows {
   int64_t count = 0, longest = 0;
 };
 bool takes_many_queries(const RoutedAttentionBackwardParams& p);
-// Writes p.out and `lse`; p's gradients are not used.
+// Writes p.out and `lse`, where there are keys; p's gradients are not used.
 void many_queries_forward(const RoutedAttentionBackwardParams& p, const PackedRows& packed,
                           float* lse, const Allocate& allocate, Stream stream);
 // Writes p's gradients, from p.out and p.lse; adds to p.mass.

@@ -68,7 +68,10 @@ void mark(const ManyLaunch& a, Stream stream) {
 
 // So many that the blocks that see most end with the others, but each has some tiles to do.
 int choose_pieces(const ManyLaunch& a) {
-  const int64_t blocks = a.p.batch * a.p.key_heads * ceiling(a.p.keys, kHeldRows);
+  // Of packed sequences most blocks past the shorter ones' ends have nothing to do.
+  const int64_t rows = a.bounds == nullptr ? a.p.batch * ceiling(a.p.keys, kHeldRows)
+                                           : ceiling(a.key_tokens, kHeldRows) + a.p.batch;
+  const int64_t blocks = rows * a.p.key_heads;
   const int64_t waves = a.p.visual.num_reinjections > 0 ? 4 : 2;
   const int64_t slots = waves * 2 * current_device().multiprocessors;
   const int64_t most = ceiling(a.p.queries * a.group, 512);
@@ -88,13 +91,14 @@ bool fits(const HeadsView& view) {
 bool takes_many_queries(const RoutedAttentionBackwardParams& p) {
   const bool halves = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
   return halves && p.head_dim <= 128 && p.head_dim % 8 == 0 && p.scale > 0 &&
-         p.queries * (p.query_heads / (p.key_heads > 0 ? p.key_heads : 1)) < (1 << 30) &&
-         fits(p.query) && fits(p.key) && fits(p.value) && fits(p.out) && fits(p.grad_out);
+         p.batch * p.queries * p.query_heads < (1 << 30) &&
+         p.batch * p.keys * p.key_heads * p.head_dim < (1 << 30) && fits(p.query) && fits(p.key) &&
+         fits(p.value) && fits(p.out) && fits(p.grad_out);
 }
 
 void many_queries_forward(const RoutedAttentionBackwardParams& p, const PackedRows& packed,
                           float* lse, const Allocate& allocate, Stream stream) {
-  if (p.batch * p.key_heads * p.queries == 0) return;
+  if (p.batch * p.key_heads * p.queries * p.keys == 0) return;
   ManyLaunch a = describe(p, packed, lse);
   Carver carver;
   take_marks(a, carver);
@@ -107,7 +111,7 @@ void many_queries_forward(const RoutedAttentionBackwardParams& p, const PackedRo
 
 void many_queries_backward(const RoutedAttentionBackwardParams& p, const PackedRows& packed,
                            const Allocate& allocate, Stream stream) {
-  if (p.batch * p.key_heads * p.queries == 0) return;
+  if (p.batch * p.key_heads * p.queries * p.keys == 0) return;
   ManyLaunch a = describe(p, packed, static_cast<float*>(const_cast<void*>(p.lse)));
   a.pieces = choose_pieces(a);
   const int64_t sums = a.pieces * p.key_heads * a.num_keys();

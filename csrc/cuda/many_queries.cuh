@@ -6,9 +6,9 @@
 //
 // Each kernel holds a block of rows (of queries, or of keys) and lets tiles of the other side pass
 // by in shared memory. A re-injection turns what is held, once, and not what passes: queries by
-// -shift or keys by +shift, which give the same logits. Gradients of what is held are summed in
-// the same turned frame, and turned on when the next re-injection begins: sums of all sightings
-// end in one accumulator, whatever their number.
+// -shift or keys by +shift, which give the same logits but for rounding. Gradients of what is held
+// are summed in the same turned frame, and turned on when the next re-injection begins: sums of all
+// sightings end in one accumulator, whatever their number.
 //
 // Products are m16n8k16 with rows of what is held on the left. `a b^T` reads what passes by rows,
 // `a b` by columns through a transposing load; the first one's result is the second one's left
@@ -186,23 +186,31 @@ LA_DEVICE void copy_rows(T* to, int dim, const Rows<T>& rows, RowAt row_at) {
 template <typename T, int kDim, int kRows, typename RowAt>
 LA_DEVICE void turn_rows(T* to, int dim, const float2* table, int half, const Rows<T>& rows,
                          RowAt row_at) {
-  constexpr int kPitch = kDim + kPiece;
+  constexpr int kPitch = kDim + kPiece, kAtOnce = 8;  // rows read before the first is written
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kRows * kDim; i += kThreads) {
-    const int n = i / kDim, d = i % kDim;
-    const Wanted row = row_at(n);
-    T* mine = to + n * kPitch;
-    if (!row.there || d >= dim) {
-      mine[d] = T{0};
-      continue;
+  for (int i = threadIdx.x; i < kRows / kAtOnce * kDim; i += kThreads) {
+    const int first = i / kDim * kAtOnce, d = i % kDim;
+    if (d >= half && d < 2 * half && d < dim) continue;  // written with its partner
+    const bool turns = d < half;
+    T one[kAtOnce], other[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const Wanted row = row_at(first + k);
+      const bool there = row.there && d < dim;
+      const T* from = rows.at(there ? row.head : 0, there ? row.token : 0, there ? d : 0);
+      one[k] = there ? *from : T{0};
+      other[k] = there && turns ? from[half] : T{0};
     }
-    const T* from = rows.at(row.head, row.token);
-    if (d < half) {
-      const float one = to_float(from[d]), other = to_float(from[d + half]);
-      mine[d] = from_float<T>(one * table[d].x - other * table[d].y);
-      mine[d + half] = from_float<T>(other * table[d].x + one * table[d].y);
-    } else if (d >= 2 * half) {
-      mine[d] = from[d];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      T* mine = to + (first + k) * kPitch + d;
+      if (!turns) {
+        *mine = one[k];
+        continue;
+      }
+      const float x = to_float(one[k]), y = to_float(other[k]);
+      mine[0] = from_float<T>(x * table[d].x - y * table[d].y);
+      mine[half] = from_float<T>(y * table[d].x + x * table[d].y);
     }
   }
 }

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) mark_keys(const ManyLaunch a) {
   }
   uint32_t bits = 0;
   for (int r = 0; token >= 0 && r < visual.num_reinjections; ++r) {
-    const bool ever = visual.start[row.number * visual.num_reinjections + r] != kNever;
+    const bool ever = row.first_seeing(r) < row.queries;
     const uint8_t* selected = row_selected(visual, row.number, r);
     if (ever && is_shown(visual, selected, static_cast<int32_t>(token))) bits |= 1u << r;
   }

@@ -18,7 +18,8 @@
 // FLOP: 14 D for each query head, query and key seen, sightings included (10 D where one kernel
 // does both sides with atomics). Bytes: 4 D for each row that passes by and 64 rows held, 128 and
 // 96 FLOP a byte, from the second-level cache. Limit: tensor cores, and shared memory, which gives
-// a product's right operand, 256 bytes, in two cycles where the product takes two to four.
+// a product's right operand, 256 bytes, in two cycles: about as long as an sm_80 multiprocessor
+// takes for a product, and longer than a Hopper one.
 #pragma once
 
 #include "grad_key_value.cuh"
@@ -32,10 +33,12 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) grad_delta(const ManyLaunch a) {
   const RoutedAttentionBackwardParams& p = a.p;
   const int lane = threadIdx.x % 32;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  const int64_t batch = index / a.tokens / p.query_heads;
-  if (batch >= (a.bounds == nullptr ? p.batch : 1)) return;
-  const int64_t head = index / a.tokens % p.query_heads, token = index % a.tokens;
+  // Queries, and elements of keys, are fewer than 2^31.
+  const uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32;
+  const uint32_t tokens = static_cast<uint32_t>(a.tokens);
+  const uint32_t heads = static_cast<uint32_t>(p.query_heads), row = index / tokens;
+  const uint32_t batch = row / heads, head = row - batch * heads, token = index - row * tokens;
+  if (batch >= a.rows_of_tensors) return;
   const T* grad = head_row<const T>(p.grad_out, batch, head, token);
   const T* out = head_row<const T>(p.out, batch, head, token);
   float sum = 0;
@@ -50,23 +53,26 @@ __global__ void __launch_bounds__(kThreads) grad_delta(const ManyLaunch a) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads) grad_combine(const ManyLaunch a) {
   const RoutedAttentionBackwardParams& p = a.p;
-  const int64_t size = p.key_heads * a.num_keys() * p.head_dim;
-  const int64_t index = 2 * (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x);
+  const uint32_t size = static_cast<uint32_t>(p.key_heads * a.num_keys() * p.head_dim);
+  const uint32_t dim = static_cast<uint32_t>(p.head_dim),
+                 heads = static_cast<uint32_t>(p.key_heads);
+  const uint32_t index = 2 * (blockIdx.x * kThreads + threadIdx.x);
   if (index >= 2 * size) return;
   const bool values = index >= size;
-  const int64_t at = values ? index - size : index, row = at / p.head_dim;
-  const float* from = a.sums + (values ? a.pieces * size : 0) + at;
+  const uint32_t at = values ? index - size : index, row = at / dim;
+  const int64_t step = size;
+  const float* from = a.sums + (values ? a.pieces * step : 0) + at;
   float one = 0, other = 0;
 #pragma unroll 4
   for (int piece = 0; piece < a.pieces; ++piece) {
-    const float2 part = *reinterpret_cast<const float2*>(from + piece * size);
+    const float2 part = *reinterpret_cast<const float2*>(from + piece * step);
     one += part.x;
     other += part.y;
   }
-  const int64_t key = row % a.key_tokens, head = row / a.key_tokens;
-  T* to =
-      head_row<T>(values ? p.grad_value : p.grad_key, head / p.key_heads, head % p.key_heads, key);
-  *reinterpret_cast<uint32_t*>(to + at % p.head_dim) = pack<T>(one, other);
+  const uint32_t keys = static_cast<uint32_t>(a.key_tokens), head = row / keys;
+  T* to = head_row<T>(values ? p.grad_value : p.grad_key, head / heads, head % heads,
+                      row - head * keys);
+  *reinterpret_cast<uint32_t*>(to + (at - row * dim)) = pack<T>(one, other);
 }
 
 }  // namespace cuda

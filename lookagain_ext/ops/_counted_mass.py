@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._packed import on_device
+
 
 class CountedMass(NamedTuple):
     """Where a backward adds its visual mass to, and of which queries.
@@ -44,8 +46,8 @@ def counted_packed(
     """As `counted_queries`, [1, T], of sequences packed into one row."""
     if mass_from is None:
         return None if mass_queries is None else mass_queries.contiguous()
-    lengths = torch.tensor(bounds, device=mass_from.device).diff()
-    begin = torch.tensor(bounds[:-1], device=mass_from.device)
-    first = (begin + mass_from).repeat_interleave(lengths, output_size=bounds[-1])
+    edges = on_device(bounds, mass_from.device)
+    first = edges[:-1] + mass_from
+    first = first.repeat_interleave(edges.diff(), output_size=bounds[-1])
     counted = torch.arange(bounds[-1], device=mass_from.device)[None] >= first
     return counted if mass_queries is None else counted & mass_queries

@@ -11,7 +11,6 @@ kernels within a CUDA graph's capture.
 
 from __future__ import annotations
 
-import functools
 import os
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from . import _cuda
 from ._counted_mass import CountedMass
+from ._packed import on_device
 
 CHOICES = ("auto", "kernels", "library")
 choice = os.environ.get("LOOKAGAIN_CUDA_TRAINING", "auto")
@@ -35,10 +35,16 @@ def is_chosen(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
-    """Whether the kernels take these tensors: 16 bits, head sizes up to 128, rows of 16 bytes."""
+    """Whether the kernels take these tensors.
+
+    They have 16 bits, head sizes up to 128, rows at 16-byte boundaries, and fewer than 2^30
+    queries and elements of keys.
+    """
     size = query.shape[-1]
     halves = query.dtype in (torch.bfloat16, torch.float16)
-    return halves and size <= 128 and scale > 0 and all(map(_is_aligned, (query, key, value)))
+    small = query.numel() < size << 30 and key.numel() < 1 << 30
+    aligned = all(map(_is_aligned, (query, key, value)))
+    return halves and size <= 128 and scale > 0 and small and aligned
 
 
 def forward(
@@ -104,21 +110,8 @@ def _launch(
     longest = 0
     if bounds is not None:
         longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
-        capturing = _cuda.is_capturing(tensors[0])
-        bounds = (_filled if capturing else _on_device)(bounds, tensors[0].device)
+        bounds = on_device(bounds, tensors[0].device)
     _cuda.launch_many_queries(*tensors, gradients, mass, *index, bounds, longest, scale)
-
-
-@functools.lru_cache(maxsize=64)
-def _on_device(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept, so that layers share one copy."""
-    return torch.tensor(bounds, dtype=torch.int32).to(device)
-
-
-def _filled(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    """The same in a graph's own memory, by kernels: a capture allows no copy from the host."""
-    kind = {"dtype": torch.int32, "device": device}
-    return torch.cat([torch.full((1,), bound, **kind) for bound in bounds])
 
 
 def _like_models(x: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ kernel runs on them in place, and autograd joins the gradients as `split` and `c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from ..visual import VisualContext
@@ -113,3 +115,17 @@ def naming(number: int) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"sequence {number} of cu_seqlens, its row 0: {error}") from error
+
+
+def on_device(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    """The bounds as int32 [S + 1]; not to be written to, since layers share it."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A capture allows no copy from the host, and what it reads must be in the graph's memory.
+        kind = {"dtype": torch.int32, "device": device}
+        return torch.cat([torch.full((1,), bound, **kind) for bound in bounds])
+    return _copied(bounds, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _copied(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(bounds, dtype=torch.int32).to(device)

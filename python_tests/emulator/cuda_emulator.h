@@ -1,8 +1,9 @@
 // A GPU for tests: runs the kernels of csrc/cuda on the host, unchanged, one fibre a thread.
 //
 // Threads of a block run in turn and give way at every barrier and warp-wide operation, in an order
-// that a seed shuffles, so that a missing barrier shows. Asynchronous copies happen only when they
-// are waited for; shared memory starts as NaN. An out-of-bounds access to shared memory raises, and
+// that a seed shuffles; now and then one warp runs ahead of the others, so that a missing barrier
+// shows. Asynchronous copies happen when they are waited for, or at once, as the seed says for each
+// block; shared memory starts as NaN. An out-of-bounds access to shared memory raises, and
 // host tools (AddressSanitizer, valgrind) see those to global memory. Nothing here is about speed.
 #pragma once
 
@@ -76,6 +77,7 @@ struct Block {
   dim3 index, grid, size;
   Stack scheduler;
   int current = 0;
+  bool copies_at_once = false;
 };
 
 inline Block*& block() {
@@ -152,12 +154,16 @@ inline void check_shared(const void* pointer, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) fail("misaligned shared access");
 }
 
+inline void land(const Copy& copy) {
+  std::memset(copy.to, 0, 16);
+  std::memcpy(copy.to, copy.from, copy.bytes);
+}
+
 inline void finish_copies(size_t pending) {
   Fibre& f = fibre();
   while (f.groups.size() > pending) {
-    for (const Copy& copy : f.groups.front()) {
-      std::memset(copy.to, 0, 16);
-      std::memcpy(copy.to, copy.from, copy.bytes);
+    if (!block()->copies_at_once) {
+      for (const Copy& copy : f.groups.front()) land(copy);
     }
     f.groups.erase(f.groups.begin());
   }
@@ -196,6 +202,7 @@ inline void run(dim3 grid, int threads, size_t shared_bytes, const std::function
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         b.index = dim3(x, y, z);
+        b.copies_at_once = (seed() >> 37) % 2 != 0;
         b.shared.assign(shared_bytes + kGuard, static_cast<char>(0xff));
         for (Warp& warp : b.warps) {
           warp.arrivals = 0;
@@ -211,13 +218,21 @@ inline void run(dim3 grid, int threads, size_t shared_bytes, const std::function
           f.context.prepare(f.stack, enter);
         }
         for (int left = threads; left > 0;) {
-          seed() = seed() * 6364136223846793005ull + 1442695040888963407ull;
-          std::swap(order[(seed() >> 33) % threads], order[0]);
-          for (int i : order) {
-            if (b.fibres[i].done) continue;
+          const auto resume = [&](int i) {
             b.current = i;
             b.scheduler.change_to(b.fibres[i].context);
             if (b.fibres[i].done) --left;
+          };
+          seed() = seed() * 6364136223846793005ull + 1442695040888963407ull;
+          std::swap(order[(seed() >> 33) % threads], order[0]);
+          const int ahead = (seed() >> 40) % (threads / 32);
+          for (int rounds = (seed() >> 50) % 64; rounds > 0; --rounds) {
+            for (int i = 32 * ahead; i < 32 * ahead + 32; ++i) {
+              if (!b.fibres[i].done) resume(i);
+            }
+          }
+          for (int i : order) {
+            if (!b.fibres[i].done) resume(i);
           }
         }
         for (size_t i = shared_bytes; i < b.shared.size(); ++i) {
@@ -254,6 +269,7 @@ inline void copy_async(void* shared, const void* global, int bytes) {
   if (bytes != 0 && bytes != 16) emulator::fail("copies are 0 or 16 bytes");
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) emulator::fail("misaligned global access");
   emulator::fibre().open.push_back({shared, global, bytes});
+  if (emulator::block()->copies_at_once) emulator::land(emulator::fibre().open.back());
 }
 
 inline void copy_async_commit() {
