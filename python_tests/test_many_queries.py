@@ -305,3 +305,26 @@ def test_the_op_counts_within_the_backward(
     assert calls == ["forward", "forward", "backward"]
     torch.testing.assert_close(within, before, atol=2e-2, rtol=2e-2)
     assert within.sum(-1).min() > 0
+
+
+def test_auto_takes_them_where_training_is_captured(
+    device: torch.device, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without gradients a capture keeps to the decode kernel, and nothing else to these."""
+    if device.type == "cuda":
+        pytest.skip("a capture is only pretended here")
+    monkeypatch.setattr(_cuda_many, "choice", "auto")
+    problem = Case(queries=30, keys=40, dtype=torch.bfloat16, poison=False).make(device)
+    found = []
+    for capturing in (False, True):
+        monkeypatch.setattr(_cuda, "is_capturing", lambda _, capturing=capturing: capturing)
+        found.append(differentiate(ops.routed_attention, problem))
+        with torch.no_grad():
+            out = ops.routed_attention(*problem[:4], **problem.kwargs())
+        torch.testing.assert_close(out, found[0][0], atol=2e-2, rtol=2e-2)
+        assert calls == (["forward", "backward"] if capturing else [])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=3e-2, rtol=3e-2)
+    monkeypatch.setattr(_cuda_many, "choice", "library")
+    differentiate(ops.routed_attention, problem.row(0))
+    assert len(calls) == 2

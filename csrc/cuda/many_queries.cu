@@ -1,5 +1,7 @@
 // routed_attention with many queries by kernels of our own, forward and backward: how a call is
 // cut, and its workspace.
+#include <cstring>
+
 #include "launch.h"
 #include "many_queries_instances.h"
 #include "many_queries_marks.cuh"
@@ -14,22 +16,25 @@ class Carver {
   template <typename T>
   void take(T** pointer, int64_t count) {
     if (count == 0) return;
-    wanted_.push_back({reinterpret_cast<void**>(pointer), bytes_});
+    wanted_.push_back({pointer, bytes_});
     bytes_ += ceiling(count * sizeof(T), 256) * 256;
   }
 
   void allocate(const Allocate& allocate) {
     if (bytes_ == 0) return;
     char* memory = static_cast<char*>(allocate(bytes_));
-    for (const Wanted& each : wanted_) *each.pointer = memory + each.offset;
+    for (const Piece& each : wanted_) {
+      const void* place = memory + each.offset;
+      std::memcpy(each.pointer, &place, sizeof(place));
+    }
   }
 
  private:
-  struct Wanted {
-    void** pointer;
+  struct Piece {
+    void* pointer;  // to the pointer
     int64_t offset;
   };
-  std::vector<Wanted> wanted_;
+  std::vector<Piece> wanted_;
   int64_t bytes_ = 0;
 };
 

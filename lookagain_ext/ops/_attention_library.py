@@ -40,7 +40,7 @@ def forward(
     `bounds` are those of packed sequences, on a GPU, where all of them are one call.
     """
     on_gpu = _cuda.on_gpu(query)
-    if on_gpu and _cuda_training.takes(query, key, value, block_table, scale):
+    if on_gpu and _cuda_training.takes(query, key, value, block_table, scale, keep):
         fields = (key_start, key_length, spans, inv_freq, shift, start, selected)
         out, lse = _cuda_training.forward(query, key, value, fields, scale, keep, bounds)
         if visual_mass is not None:

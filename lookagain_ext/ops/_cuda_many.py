@@ -6,7 +6,7 @@ their gradients repeat bit by bit; the visual mass is a sum that the backward ta
 multiply with `mma.sync`, which reaches less of a Hopper GPU than the libraries do.
 
 `LOOKAGAIN_CUDA_TRAINING` chooses: "kernels", "library", or "auto" (default): the library's, but the
-kernels within a CUDA graph's capture.
+kernels where a training step is captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ if choice not in CHOICES:
     )
 
 
-def is_chosen(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
-    """Whether a call goes to these kernels."""
-    wanted = choice == "kernels" or (choice == "auto" and _cuda.is_capturing(query))
+def is_chosen(query: Tensor, key: Tensor, value: Tensor, scale: float, training: bool) -> bool:
+    """Whether a call goes to these kernels; `training`: a backward, or a forward that has one."""
+    captured = training and _cuda.is_capturing(query)
+    wanted = choice == "kernels" or (choice == "auto" and captured)
     return wanted and fits(query, key, value, scale)
 
 

@@ -35,15 +35,20 @@ _layouts = LayoutCache()
 
 
 def takes(
-    query: Tensor, key: Tensor, value: Tensor, block_table: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_table: Tensor | None,
+    scale: float,
+    keep: bool = False,
 ) -> bool:
-    """Whether a call goes this way, not to the decode kernel.
+    """Whether a call goes this way, not to the decode kernel; `keep` as of `forward`.
 
     Within the capture of a CUDA graph the library's way is closed: it reads a layout on the host.
     """
     if not _cuda.are_many(query, key, block_table):
         return False
-    return not _cuda.is_capturing(query) or _cuda_many.is_chosen(query, key, value, scale)
+    return not _cuda.is_capturing(query) or _cuda_many.is_chosen(query, key, value, scale, keep)
 
 
 def forward(
@@ -66,7 +71,7 @@ def forward(
         keep: whether a backward and other layers with the very same fields will follow.
         bounds: of packed sequences, see `read_layout`.
     """
-    if _cuda_many.is_chosen(query, key, value, scale):
+    if _cuda_many.is_chosen(query, key, value, scale, keep):
         return _cuda_many.forward(query, key, value, fields, scale, bounds)
     layout = (_layouts.read if keep else read_layout)(query, key, fields, bounds)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -103,7 +108,7 @@ def backward(
 
     The libraries keep their probabilities to themselves: beside them the mass is a pass of its own.
     """
-    if _cuda_many.is_chosen(query, key, value, scale):
+    if _cuda_many.is_chosen(query, key, value, scale, True):
         tensors = (grad_out, query, key, value, out, lse)
         return _cuda_many.backward(*tensors, fields, scale, bounds, mass)
     if mass is not None:

@@ -231,7 +231,8 @@ def _packed_attention(
         _refuse_tracing(query, key, value, visual_mass, mass_queries, *_fields(visual))
     scale = check_scale(scale, query.shape[-1])
     together = has_kernels(query) and _cuda.on_gpu(query)
-    together = together and _cuda_training.takes(query, key, value, None, scale)
+    training = _wants_grad(query, key, value)
+    together = together and _cuda_training.takes(query, key, value, None, scale, training)
     if not together or is_traced(query, key, value, visual_mass, *_fields(visual)):
         outs, sums = [], []
         for number, one in enumerate(heads):
@@ -256,7 +257,7 @@ def _packed_attention(
         out = torch.cat(outs, dim=1).transpose(1, 2)
         return (out, torch.cat(sums, dim=2)) if return_lse else out
     tensors = (query, key, value, None, None, *_fields(visual))
-    if _wants_grad(query, key, value):
+    if training:
         later = None
         if mass_in_backward:
             later = CountedMass(visual_mass, counted_packed(mass_from, mass_queries, bounds))
@@ -344,7 +345,8 @@ def _eager(
         raise ValueError("mass_from needs visual_mass")
     # The number of queries first: a decode step asks no further, here and below.
     checked = query.shape[2] > _cuda.MOST_COUNTED_QUERIES and _cuda.on_gpu(query)
-    checked = checked and _cuda_training.takes(query, key, value, block_table, scale)
+    training = checked and _wants_grad(query, key, value)
+    checked = checked and _cuda_training.takes(query, key, value, block_table, scale, training)
     if checked:  # libraries know nothing of these arguments
         _check(*tensors[:5], visual, visual_mass, mass_from, block_table, scale)
     if not torch.is_grad_enabled() or not _wants_grad(query, key, value):
