@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.data import DataCollatorWithFlattening
 
 from lookagain_ext import NEVER, LookAgainConfig, VisualContext, look_again, ops
+from lookagain_ext._native import _use_kernels
 from lookagain_ext.cache import CACHE
 
 ROWS = [[3, (2, 3), 4], [2, (2, 2), 2, (1, 3), 3], [6], [1, (3, 2), 9]]
@@ -167,8 +168,10 @@ def test_empty_and_single_sequences() -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_empty_sequences_with_a_context(backend, monkeypatch) -> None:
+def test_empty_sequences_with_a_context(backend, monkeypatch, request) -> None:
     monkeypatch.setenv("LOOKAGAIN_BACKEND", backend)
+    _use_kernels.cache_clear()
+    request.addfinalizer(_use_kernels.cache_clear)
     heads = [torch.randn(1, heads, 7, 16) for heads in (4, 2, 2)]
     spans = torch.tensor([[[0, 0]], [[1, 3]], [[0, 0]]])
     visual = VisualContext.from_spans(spans, torch.ones(8))
