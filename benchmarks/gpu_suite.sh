@@ -27,7 +27,7 @@ try() { "$@" 2>&1 || { echo "FAILED ($?): $*"; return 1; }; }
 say "build"
 # A package manager's own isolation would download what is already here.
 python3 -m pip install --quiet --no-deps --no-build-isolation --no-index \
-  -C cmake.define.LOOKAGAIN_CUDA=ON -e . || exit 1
+  --config-settings cmake.define.LOOKAGAIN_CUDA=ON -e . || exit 1
 python3 -c "
 import lookagain_ext, torch
 print(lookagain_ext.build_info(), torch.__version__, torch.cuda.get_device_name())" || exit 1

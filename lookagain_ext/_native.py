@@ -69,7 +69,8 @@ def _use_kernels(device_type: str) -> bool:
         warnings.warn(
             "lookagain_ext was built without CUDA kernels: ops on CUDA tensors run on the plain "
             "PyTorch reference, which is slow. Install it again with nvcc on the path "
-            "(`pip install --force-reinstall --no-deps -C cmake.define.LOOKAGAIN_CUDA=ON .`).",
+            "(`pip install --force-reinstall --no-deps "
+            "--config-settings cmake.define.LOOKAGAIN_CUDA=ON .`).",
             stacklevel=4,
         )
         return False
