@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +27,6 @@ from torch import Tensor
 from lookagain_ext import VisualContext, ops, reference
 from lookagain_ext.bench import table
 from lookagain_ext.bench.measure import Comparison, Row
-from lookagain_ext.bench.problems import MODELS, ModelShape
 from lookagain_ext.ops import _cuda_many
 from lookagain_ext.ops._counted_mass import CountedMass
 
@@ -45,134 +43,12 @@ from .gpu_training_peers import (
     own_kernels,
     peers,
     sdpa,
+    through,
 )
+from .gpu_training_problems import Setting, Shape
 
-BFLOAT16 = torch.bfloat16
 FLOP_OF_PAIR = {"forward": 4, "backward": 10}  # times D, for a query head, query and key
 AT_LEAST = 1 / 0.9  # time over the baseline's: 0.9 of its rate
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A sequence with a picture at its front that is shown again at even distances."""
-
-    length: int
-    again: int = 0
-    tokens: int = 1024
-    batch: int = 1
-    flex: bool = True  # it compiles for each shape, so not all of them
-
-    @property
-    def starts(self) -> list[int]:
-        """Where the re-injections begin: in the three quarters after the picture."""
-        first = max(self.length // 4, self.tokens)
-        return [
-            first + (self.length - first) * (n + 1) // (self.again + 1) for n in range(self.again)
-        ]
-
-    @property
-    def pairs(self) -> float:
-        """(query, key) pairs of one head of one row, sightings included."""
-        again = sum((self.length - start) * self.tokens for start in self.starts)
-        return self.length * (self.length + 1) / 2 + again
-
-    @property
-    def same_flop(self) -> int:
-        """Length of plain causal attention with as many pairs, to a multiple of 64."""
-        return round(math.sqrt(2 * self.pairs) / 64) * 64
-
-    def __str__(self) -> str:
-        again = f", {self.again} x {self.tokens} tokens" if self.again else ""
-        return f"L={self.length}{again}"
-
-
-SHAPES = (
-    Shape(2048, flex=False),
-    Shape(8192),
-    Shape(32768),
-    Shape(4096, 1, 1024),
-    Shape(8192, 2, 1024),
-    Shape(8192, 4, 256, flex=False),
-    Shape(8192, 8, 1024),
-    Shape(16384, 4, 2048),
-    Shape(32768, 2, 1024),
-)
-SMALL = (Shape(192), Shape(192, 2, 32))
-
-
-class Setting:
-    """Device, shapes and patience of a run."""
-
-    def __init__(
-        self, device: str, small: bool, seconds: float, compile_seconds: float = 110.0
-    ) -> None:
-        self.device = torch.device(device)
-        self.seconds = seconds
-        self.compile_seconds = compile_seconds
-        self.model = ModelShape(4, 2, 64) if small else MODELS["qwen2.5-vl-7b"]
-        self.shapes = SMALL if small else SHAPES
-        self.growth = (64, 128) if small else (8192, 32768)
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether this is a measurement."""
-        return self.device.type == "cuda"
-
-    def tensors(self, length: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Query, key, value and the gradient of the result, laid out as models do."""
-        model = self.model
-        heads = (model.query_heads, model.key_heads, model.key_heads, model.query_heads)
-        sizes = [(batch, length, number, model.head_dim) for number in heads]
-        drawn = [torch.randn(size, dtype=BFLOAT16, device=self.device) for size in sizes]
-        query, key, value, upstream = (x.transpose(1, 2) for x in drawn)
-        return *(x.requires_grad_() for x in (query, key, value)), upstream
-
-    def visual(self, shape: Shape) -> VisualContext | None:
-        """The shape's re-injections."""
-        if not shape.again:
-            return None
-        span = torch.tensor([[[8, shape.tokens]]] * shape.batch, dtype=torch.int32)
-        half = self.model.head_dim // 2
-        visual = VisualContext.from_spans(span, 1e6 ** -(torch.arange(half) / half))
-        for start in shape.starts:
-            everyone = torch.ones(shape.batch, dtype=torch.bool)
-            visual = visual.reinject(everyone, start - 8, start)
-        return visual.to(self.device)
-
-    def timed(self, call: Callable[[], object]) -> Callable[[], float]:
-        """Seconds of the device's work, launches queued behind a pause so that they do not show."""
-        if not self.on_gpu:
-
-            def wall() -> float:
-                begin = time.perf_counter()
-                call()
-                return time.perf_counter() - begin
-
-            return wall
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-        def run() -> float:
-            torch.cuda._sleep(4_000_000)
-            first.record()
-            call()
-            last.record()
-            last.synchronize()
-            return first.elapsed_time(last) / 1e3
-
-        return run
-
-    def peak(self, call: Callable[[], object]) -> int:
-        """Bytes that a call needs at most beyond what is held before it."""
-        if not self.on_gpu:
-            call()
-            return 0
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
 
 
 def ours(visual: VisualContext | None) -> Attention:
@@ -278,6 +154,20 @@ def check(
         part = query[:, :group, -last:], key[:, :1], value[:, :1]
         expected = reference.routed_attention(*part, visual)
     same(found[:, :group, -last:], expected)
+
+
+def versions(setting: Setting, console: Console) -> Iterator[Row]:
+    """Beside SDPA once more, with each FlashAttention that torch can use in place of its own."""
+    shapes = [replace(shape, flex=False) for shape in setting.shapes]
+    for version in ("FA3", "FA4"):
+        try:
+            with through(version), setting.only(shapes):
+                for entry in attention(setting, console):
+                    if entry.against.startswith("SDPA"):
+                        yield replace(entry, name=f"{entry.name}, through {version}")
+        except Exception as error:  # noqa: BLE001 - whatever it is, its row tells
+            why = str(error) if isinstance(error, LeftOut) else first_line(error)
+            yield Row.left_out("attention", f"through {version}", why)
 
 
 def memory(setting: Setting, console: Console) -> Iterator[Row]:
@@ -453,6 +343,7 @@ def packing(setting: Setting, console: Console) -> Iterator[Row]:
 
 SUITES = {
     "attention": attention,
+    "versions": versions,
     "mass": mass,
     "packing": packing,
     "memory": memory,

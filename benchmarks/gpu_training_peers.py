@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,7 @@ from lookagain_ext import VisualContext
 from lookagain_ext.ops import _cuda, _cuda_many
 from lookagain_ext.rope import turn
 
-if TYPE_CHECKING:
-    from .gpu_training import Setting, Shape
+from .gpu_training_problems import Setting, Shape
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 FLASH_ATTENTION = {"flash-attn": "flash_attn", "flash-attn 3": "flash_attn_interface"}
@@ -68,6 +67,32 @@ def sdpa(on_gpu: bool) -> dict[str, Attention]:
         "SDPA flash": with_backend(SDPBackend.FLASH_ATTENTION),
         "SDPA cuDNN": with_backend(SDPBackend.CUDNN_ATTENTION),
     }
+
+
+@contextmanager
+def through(version: str) -> Iterator[None]:
+    """Has all that goes through torch's FlashAttention go through another version of it.
+
+    Args:
+        version: "FA3" or "FA4", as torch names them.
+
+    Raises:
+        LeftOut: if torch cannot, or that version is not there.
+    """
+    from torch.nn import attention
+
+    if not hasattr(attention, "activate_flash_attention_impl"):
+        raise LeftOut(f"torch {torch.__version__} has its own FlashAttention only")
+    try:
+        attention.activate_flash_attention_impl(version)
+    except ModuleNotFoundError as error:
+        raise LeftOut(f"{error.name} is not installed") from None
+    except Exception as error:  # noqa: BLE001 - see `first_line`
+        raise LeftOut(first_line(error)) from None
+    try:
+        yield
+    finally:
+        attention.restore_flash_attention_impl()
 
 
 def flash_attention(module: str) -> Attention:

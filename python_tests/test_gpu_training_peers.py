@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(
 if (ROOT / "benchmarks").is_dir():
     sys.path.insert(0, str(ROOT))
     from benchmarks import gpu_training, gpu_training_peers
-    from benchmarks.gpu_training import Setting, Shape
     from benchmarks.gpu_training_peers import FlexAttention, LeftOut, Peer
+    from benchmarks.gpu_training_problems import Setting, Shape
 
 
 @pytest.fixture(autouse=True)
@@ -197,6 +197,46 @@ def test_a_peer_that_fails_is_named_in_its_row(monkeypatch):
     assert [row.ratio is None for row in rows if row.name == "forward L=128"] == [False] + [
         True
     ] * 4
+
+
+def test_another_version_of_torchs_own(monkeypatch):
+    """Its rows say so, torch's own is there again afterwards, and one that fails has its row."""
+    attention = importlib.import_module("torch.nn.attention")
+    active = []
+
+    def activate(version):
+        if version == "FA4":
+            raise ModuleNotFoundError("No module named 'flash_attn'", name="flash_attn")
+        active.append(version)
+
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", activate, raising=False)
+    monkeypatch.setattr(attention, "restore_flash_attention_impl", active.pop, raising=False)
+    measured = gpu_training.attention
+
+    def seen(setting, console):
+        assert active == ["FA3"] and not any(shape.flex for shape in setting.shapes)
+        yield from measured(setting, console)
+
+    monkeypatch.setattr(gpu_training, "attention", seen)
+    setting = Setting("cpu", True, 0.0)
+    setting.shapes = (Shape(64), Shape(96, 1, 16))
+    rows = list(gpu_training.versions(setting, Console()))
+    assert [row.name for row in rows] == [
+        "forward L=64, through FA3",
+        "backward L=64, through FA3",
+        "forward L=96, 1 x 16 tokens, through FA3",
+        "backward L=96, 1 x 16 tokens, through FA3",
+        "attention",
+    ]
+    assert all(row.ratio > 0 for row in rows[:4]) and not active
+    assert setting.shapes == (Shape(64), Shape(96, 1, 16))
+    assert (rows[4].against, rows[4].note) == (
+        "through FA4",
+        "not measured: flash_attn is not installed",
+    )
+    monkeypatch.delattr(attention, "activate_flash_attention_impl")
+    with pytest.raises(LeftOut, match="its own FlashAttention only"), gpu_training.through("FA3"):
+        pass
 
 
 def test_what_is_not_installed_says_so(monkeypatch):
