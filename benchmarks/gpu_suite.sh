@@ -47,7 +47,7 @@ if part 2; then
     # are instrumented.
     try env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 250 compute-sanitizer --tool "$tool" \
       --kernel-name kns=routed_attention --kernel-name kns=append_ --kernel-name kns=select_ --kernel-name kns=visual_mass \
-      --kernel-name kns=grad_ --kernel-name kns=mark_keys --kernel-name kns=list_keys \
+      --kernel-name kns=join_kernel --kernel-name kns=grad_ --kernel-name kns=mark_keys --kernel-name kns=list_keys \
       --error-exitcode 9 python3 -m benchmarks.gpu_every_kernel |
       tee "$out/gpu_$tool.log" | tail -n 15 || failed=1
   done

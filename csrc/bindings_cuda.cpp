@@ -286,6 +286,46 @@ void cuda_many_queries(py::object query, py::object key, py::object value, py::o
   }
 }
 
+// `out` [queries, heads, D] and float32 `lse` [heads, queries] take in `part` and `part_lse`.
+void cuda_join(py::object out, py::object lse, py::object part, py::object part_lse,
+               uintptr_t stream) {
+  const int device = device_of("out", out);
+  const TensorView into = view_of("out", out, device);
+  if (into.ndim != 3 || (into.dtype != DType::kFloat32 && into.dtype != DType::kFloat16 &&
+                         into.dtype != DType::kBFloat16)) {
+    throw py::value_error(
+        std::string("out must be a float32, float16 or bfloat16 tensor [queries, heads, D], got ") +
+        dtype_name(into.dtype) + " " + shape_text(into));
+  }
+  const int64_t queries = into.shape[0], heads = into.shape[1];
+  const std::initializer_list<int64_t> shape = {queries, heads, into.shape[2]};
+  const TensorView from = checked_view("part", part, into.dtype, shape, device);
+  const TensorView sums = checked_output("lse", lse, DType::kFloat32, {heads, queries}, device);
+  const TensorView more =
+      checked_view("part_lse", part_lse, DType::kFloat32, {heads, queries}, device);
+  check_last_axis("out", checked_output("out", out, into.dtype, shape, device));
+  check_last_axis("part", from);
+  check_last_axis("lse", sums);
+  check_last_axis("part_lse", more);
+  cuda::JoinParams p;
+  p.dtype = into.dtype;
+  p.queries = queries;
+  p.heads = heads;
+  p.head_dim = into.shape[2];
+  p.out = into.as<void>();
+  p.out_query_stride = into.stride[0];
+  p.out_head_stride = into.stride[1];
+  p.lse = sums.as<float>();
+  p.lse_stride = sums.stride[0];
+  p.part = from.as<void>();
+  p.part_query_stride = from.stride[0];
+  p.part_head_stride = from.stride[1];
+  p.part_lse = more.as<float>();
+  p.part_lse_stride = more.stride[0];
+  const cuda::DeviceGuard guard(device);
+  cuda::join(p, stream_of(stream));
+}
+
 void cuda_select_visual_tokens(py::object mass, double ratio, py::object num_visual, py::object out,
                                uintptr_t stream) {
   const int device = device_of("mass", mass);
@@ -368,6 +408,7 @@ void define_cuda(py::module_& module) {
   module.def("cuda_routed_attention", &cuda_routed_attention);
   module.def("cuda_visual_mass", &cuda_visual_mass);
   module.def("cuda_many_queries", &cuda_many_queries);
+  module.def("cuda_join", &cuda_join);
   module.def("cuda_select_visual_tokens", &cuda_select_visual_tokens);
   module.def("cuda_append_visual_", &cuda_append_visual);
 }

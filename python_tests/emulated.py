@@ -23,6 +23,7 @@ LAUNCHES = (
     "launch_routed_attention",
     "launch_visual_mass",
     "launch_many_queries",
+    "join",
     "select_visual_tokens",
     "launch_append_visual_",
 )
@@ -115,6 +116,21 @@ class MassParams(ctypes.Structure):
     ]
 
 
+class JoinParams(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        *[(name, ctypes.c_int64) for name in ("queries", "heads", "head_dim")],
+        ("out", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("out_query_stride", "out_head_stride")],
+        ("lse", ctypes.c_void_p),
+        ("lse_stride", ctypes.c_int64),
+        ("part", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("part_query_stride", "part_head_stride")],
+        ("part_lse", ctypes.c_void_p),
+        ("part_lse_stride", ctypes.c_int64),
+    ]
+
+
 class SelectParams(ctypes.Structure):
     _fields_ = [
         ("mass", ctypes.c_void_p),
@@ -175,7 +191,10 @@ def library() -> ctypes.CDLL:
                 old.unlink()
             part.rename(built)
         loaded = ctypes.CDLL(str(built))
-    sizes = (AttentionParams, VisualParams, SelectParams, AppendParams, MassParams, BackwardParams)
+    sizes = (
+        *(AttentionParams, VisualParams, SelectParams, AppendParams, MassParams),
+        *(BackwardParams, JoinParams),
+    )
     found = (ctypes.c_int64 * len(sizes))()
     loaded.emulated_sizes(found)
     assert list(found) == [ctypes.sizeof(kind) for kind in sizes], "params.h has changed"
@@ -380,6 +399,29 @@ def page(params: ctypes.Structure, block_table: Tensor | None, cache: Tensor) ->
         params.block_table_stride = block_table.stride(0)
         params.block_size = cache.shape[2]
         params.num_blocks = cache.shape[0]
+
+
+def join(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Stands in for the call of the kernel."""
+    assert all(x.stride(-1) == 1 for x in (out, lse, part, part_lse))
+    queries, number, size = out.shape
+    params = JoinParams(
+        dtype=DTYPES[out.dtype],
+        queries=queries,
+        heads=number,
+        head_dim=size,
+        out=out.data_ptr(),
+        out_query_stride=out.stride(0),
+        out_head_stride=out.stride(1),
+        lse=lse.data_ptr(),
+        lse_stride=lse.stride(0),
+        part=part.data_ptr(),
+        part_query_stride=part.stride(0),
+        part_head_stride=part.stride(1),
+        part_lse=part_lse.data_ptr(),
+        part_lse_stride=part_lse.stride(0),
+    )
+    _call("emulated_join", ctypes.byref(params))
 
 
 def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor, out: Tensor) -> None:

@@ -71,6 +71,18 @@ def test_selection_and_append_reach_the_device() -> None:
         ops.append_visual_(*arguments, rows=torch.tensor([True, False]))
 
 
+def test_join_reaches_the_device() -> None:
+    out, lse = torch.zeros(5, 2, 8), torch.zeros(2, 9)[:, 2:7]
+    with pytest.raises(RuntimeError, match=REACHED):
+        _cuda.join(out, lse, out.clone(), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="lse must"):
+        _cuda.join(out, lse.mT, out.clone(), torch.zeros(2, 5))
+    with pytest.raises(TypeError, match="part must"):
+        _cuda.join(out, lse, out.half(), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="out must be a float32, float16 or bfloat16 tensor"):
+        _cuda.join(out.double(), lse, out.double(), torch.zeros(2, 5))
+
+
 def test_wrong_arguments_are_named() -> None:
     problem = Case(dtype=torch.bfloat16, again=1).make()
     query, key, value, visual = problem[:4]

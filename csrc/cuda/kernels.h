@@ -79,6 +79,25 @@ void many_queries_forward(const RoutedAttentionBackwardParams& p, const PackedRo
 void many_queries_backward(const RoutedAttentionBackwardParams& p, const PackedRows& packed,
                            const Allocate& allocate, Stream stream);
 
+// Two results of attention under one softmax, over different keys; `out` and `lse` become that of
+// both. Strides count elements, last axes are contiguous.
+struct JoinParams {
+  DType dtype = DType::kFloat32;
+  int64_t queries = 0;
+  int64_t heads = 0;
+  int64_t head_dim = 0;
+  void* out = nullptr;  // [queries, heads, D]
+  int64_t out_query_stride = 0, out_head_stride = 0;
+  float* lse = nullptr;  // [heads, queries]
+  int64_t lse_stride = 0;
+  const void* part = nullptr;  // as out
+  int64_t part_query_stride = 0, part_head_stride = 0;
+  const float* part_lse = nullptr;  // as lse
+  int64_t part_lse_stride = 0;
+};
+
+void join(const JoinParams& p, Stream stream);
+
 struct SelectParams {
   const float* mass = nullptr;  // [B, L_c]
   int64_t mass_stride = 0;

@@ -134,6 +134,18 @@ def visual_mass(
     launch_visual_mass(query, key, lse, _contiguous(rows), mass, *index, scale)
 
 
+def join(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Adds to a result of attention what more keys give under the same softmax, in place.
+
+    Args:
+        out: [queries, H, D], contiguous last axis.
+        lse: float32 [H, queries], likewise.
+        part: of the other keys, as `out`.
+        part_lse: as `lse`.
+    """
+    native().cuda_join(out, lse, part, part_lse, _stream(out))
+
+
 def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor, out: Tensor) -> None:
     """Writes the choice of each row to `out`."""
     native().cuda_select_visual_tokens(mass, ratio, _contiguous(num_visual), out, _stream(mass))

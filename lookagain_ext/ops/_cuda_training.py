@@ -21,8 +21,6 @@ algorithms; see `_fused_attention.backward`.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -216,14 +214,9 @@ def _join(out: Tensor, lse: Tensor, part: Tensor, weight: Tensor, again: Again) 
     """Joins the results [queries, H, D] and [H, queries] with `out` and `lse`, in place."""
     place = 0
     for row, begin, end in again.rows:
-        before = lse[row, :, begin:end]
-        mine = slice(place, place + before.shape[1])
+        mine = slice(place, place + end - begin)
         place = mine.stop
-        total = torch.logaddexp(before, weight[:, mine])
-        finite = total.masked_fill(total == -math.inf, 0.0)
-        one, other = ((x - finite).exp_().mT[..., None] for x in (before, weight[:, mine]))
-        out[row, begin:end] = (out[row, begin:end] * one).addcmul_(part[mine], other)
-        lse[row, :, begin:end] = total
+        _cuda.join(out[row, begin:end], lse[row, :, begin:end], part[mine], weight[:, mine])
 
 
 def _add_queries(grad: Tensor, shares: Tensor, again: Again) -> None:

@@ -13,6 +13,7 @@ const Device& current_device() { return emulated_device(); }
 }  // namespace cuda
 }  // namespace lookagain
 
+#include "cuda/join.cu"
 #include "cuda/many_queries.cu"
 #include "cuda/many_queries_bfloat16.cu"
 #include "cuda/many_queries_float16.cu"
@@ -67,6 +68,7 @@ void emulated_sizes(int64_t* sizes) {
   sizes[3] = sizeof(AppendVisualParams);
   sizes[4] = sizeof(VisualMassParams);
   sizes[5] = sizeof(RoutedAttentionBackwardParams);
+  sizes[6] = sizeof(cuda::JoinParams);
 }
 
 void emulated_set(uint64_t seed, int multiprocessors, int64_t shared) {
@@ -116,6 +118,10 @@ int emulated_many_queries(const RoutedAttentionBackwardParams* p, const int32_t*
       cuda::many_queries_forward(*p, packed, lse, workspace.allocate(), nullptr);
     }
   });
+}
+
+int emulated_join(const cuda::JoinParams* p) {
+  return guarded([&] { cuda::join(*p, nullptr); });
 }
 
 int emulated_select(const cuda::SelectParams* p) {
