@@ -103,7 +103,7 @@ bool takes_many_queries(const RoutedAttentionBackwardParams& p) {
 
 void many_queries_forward(const RoutedAttentionBackwardParams& p, const PackedRows& packed,
                           float* lse, const Allocate& allocate, Stream stream) {
-  if (p.batch * p.key_heads * p.queries * p.keys == 0) return;
+  if (p.batch * p.query_heads * p.queries * p.keys == 0) return;
   ManyLaunch a = describe(p, packed, lse);
   Carver carver;
   take_marks(a, carver);
@@ -116,7 +116,7 @@ void many_queries_forward(const RoutedAttentionBackwardParams& p, const PackedRo
 
 void many_queries_backward(const RoutedAttentionBackwardParams& p, const PackedRows& packed,
                            const Allocate& allocate, Stream stream) {
-  if (p.batch * p.key_heads * p.queries * p.keys == 0) return;
+  if (p.batch * p.query_heads * p.queries * p.keys == 0) return;
   ManyLaunch a = describe(p, packed, static_cast<float*>(const_cast<void*>(p.lse)));
   a.pieces = choose_pieces(a);
   const int64_t sums = a.pieces * p.key_heads * a.num_keys();

@@ -63,7 +63,7 @@ void run_type(MassLaunch& a, bool tensor_cores, const Allocate& allocate, Stream
 }  // namespace
 
 void visual_mass(const VisualMassParams& p, const Allocate& allocate, Stream stream) {
-  if (p.batch == 0 || p.num_ranges == 0 || p.num_visual == 0 || p.queries == 0) return;
+  if (p.batch * p.num_ranges * p.num_visual * p.queries * p.query_heads == 0) return;
   MassLaunch a;
   a.p = p;
   a.group = static_cast<int>(p.query_heads / p.key_heads);

@@ -29,7 +29,7 @@ def are_many(query: Tensor, key: Tensor, block_table: Tensor | None) -> bool:
 
     A paged cache does not: it keeps to the decode kernel.
     """
-    many = query.shape[2] > MOST_COUNTED_QUERIES and key.numel() > 0
+    many = query.shape[2] > MOST_COUNTED_QUERIES and query.numel() > 0 and key.numel() > 0
     return many and block_table is None
 
 

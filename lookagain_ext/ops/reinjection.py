@@ -85,9 +85,8 @@ def append_visual_(
     check_rows("rows", rows, key_length, torch.bool)
     if selected is not None:
         check_tensor("selected", selected, (batch, None), torch.bool, key_cache)
-    if not use_kernels(key_cache.device.type) or (
-        _cuda.on_gpu(key_cache) and key_cache.dtype == torch.float64
-    ):
+    odd = key_cache.dtype == torch.float64 or key_cache.shape[1] == 0  # no kernel of a GPU's
+    if not use_kernels(key_cache.device.type) or (odd and _cuda.on_gpu(key_cache)):
         reference.append_visual_(
             key_cache,
             value_cache,
