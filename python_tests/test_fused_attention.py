@@ -15,8 +15,10 @@ from cases import Case
 from fused_stand_ins import StandIns
 from test_packing import Packed
 from test_prefill_backward import SHAPES, compare, differentiate
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lookagain_ext import ops, reference
+from lookagain_ext.ops import _cuda, _cuda_many, _cuda_training
 from lookagain_ext.ops import _fused_attention as library
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -103,3 +105,75 @@ def test_rows_that_a_library_cannot_read_are_copied(offset, fused) -> None:
     found = (out, lse, *torch.autograd.grad(out, inputs, upstream))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+LAYOUTS = {
+    "of models": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "heads first": lambda x: x.contiguous(),
+    "with gaps": lambda x: x.new_zeros(*x.shape[:3], 48)[..., :40].copy_(x),
+}
+
+
+@pytest.mark.parametrize("choice", ["kernels", "library"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_code_is_told_the_strides(layout, choice, fused, monkeypatch) -> None:
+    """A compiler plans with what the fakes say and does not look again."""
+    monkeypatch.setattr(_cuda_many, "choice", choice)
+    case = Case(queries=20, keys=24, size=40, poison=False, dtype=torch.bfloat16)
+    query, key, value, visual, *limits = case.make()[:6]
+    heads = [LAYOUTS[layout](x) for x in (query, key, value)]
+    fields = (*limits, visual.spans, visual.inv_freq, visual.shift, visual.start, None)
+    forward, backward = (
+        getattr(torch.ops.lookagain, f"routed_attention{end}") for end in ("", "_backward")
+    )
+    real = forward(*heads, *fields, 0.2)
+    real += backward(torch.randn_like(real[0]), *real, *heads, *fields, 0.2)
+    with FakeTensorMode() as mode:
+        fake = [None if x is None else mode.from_tensor(x) for x in (*heads, *fields)]
+        told = forward(*fake, 0.2)
+        told += backward(torch.randn_like(told[0]), *told, *fake, 0.2)
+    assert [x.stride() for x in real] == [x.stride() for x in told]
+    assert fused.calls == ({} if choice == "kernels" else {"flash forward": 2, "flash backward": 2})
+
+
+def test_a_compiled_training_step_that_is_captured(fused, monkeypatch) -> None:
+    """Forward and backward by our own kernels, which read nothing on the host."""
+    monkeypatch.setattr(_cuda, "is_capturing", lambda tensor: True)
+    asked = []
+    monkeypatch.setattr(_cuda_training, "read_layout", lambda *arguments: asked.append(arguments))
+    launch = _cuda.launch_many_queries
+    monkeypatch.setattr(
+        _cuda,
+        "launch_many_queries",
+        lambda *arguments: (
+            asked.append("backward" if arguments[5] else "forward"),
+            launch(*arguments),
+        ),
+    )
+    problem = Case(queries=20, keys=24, poison=False, dtype=torch.bfloat16).make()
+    compiled = torch.compile(ops.routed_attention, fullgraph=True, backend="aot_eager")
+    inputs = [x.detach().requires_grad_() for x in problem[:3]]
+    out = compiled(*inputs, problem.visual, **problem.kwargs())
+    torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert asked == ["forward", "backward"] and not fused.calls
+
+
+def test_layouts_are_not_remembered_in_compiled_code(fused) -> None:
+    """It writes to a tensor again without a trace that a cache could see."""
+    problem = Case(queries=20, keys=24, poison=False, dtype=torch.bfloat16, ragged=False).make()
+    inputs = [x.detach().requires_grad_() for x in problem[:3]]
+    length = problem.key_length.clone()
+    visual = problem.visual
+    fields = (None, length, visual.spans, visual.inv_freq, visual.shift, visual.start, None)
+    results = []
+    for filled in (24, 21):
+        length.data.fill_(filled)
+        length = length.detach()
+        out, _ = torch.ops.lookagain.routed_attention(*inputs, *fields, 0.2)
+        grads = torch.autograd.grad(out, inputs, torch.ones_like(out))
+        limits = {"key_length": torch.full((2,), filled, dtype=torch.int32)}
+        again = ops.routed_attention(*inputs, visual, scale=0.2, **limits)
+        results.append((out, *grads))
+        expected = (again, *torch.autograd.grad(again, inputs, torch.ones_like(again)))
+        assert all(map(torch.equal, results[-1], expected))
+    assert not torch.equal(results[0][2], results[1][2])

@@ -31,18 +31,21 @@ def forward(
     block_table: Tensor | None,
     scale: float,
     want_lse: bool = True,
+    training: bool = False,
     keep: bool = False,
     bounds: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Out and, unless `want_lse` is False, the log-sum-exp; adds to `visual_mass`.
 
-    With `keep` a backward follows, and calls of other layers with the very same index tensors.
+    With `training` a backward follows; with `keep` it and calls of other layers have the very same
+    index tensors, unchanged.
     `bounds` are those of packed sequences, on a GPU, where all of them are one call.
     """
     on_gpu = _cuda.on_gpu(query)
-    if on_gpu and _cuda_training.takes(query, key, value, block_table, scale, keep):
+    if on_gpu and _cuda_training.takes(query, key, value, block_table, scale, training):
         fields = (key_start, key_length, spans, inv_freq, shift, start, selected)
-        out, lse = _cuda_training.forward(query, key, value, fields, scale, keep, bounds)
+        heads = (query, key, value)
+        out, lse = _cuda_training.forward(*heads, fields, scale, training, keep, bounds)
         if visual_mass is not None:
             limits, visual = fields[:2], fields[2:]
             _cuda.add_mass(query, key, lse, visual_mass, mass_from, *limits, visual, None, scale)
@@ -107,14 +110,19 @@ def backward(
     scale: float,
     bounds: tuple[int, ...] | None = None,
     mass: CountedMass | None = None,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, the first three of `tensors`; adds to `mass`."""
+    """Gradients of query, key and value, the first three of `tensors`; adds to `mass`.
+
+    `keep` as of `forward`.
+    """
     query, key, value, *rest = tensors
     if query.numel() == 0 or key.numel() == 0:  # no query sees a key
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     if _cuda.on_gpu(query):
         heads, fields = tensors[:3], tensors[3:]
-        return _cuda_training.backward(grad_out, *heads, out, lse, fields, scale, bounds, mass)
+        arguments = (grad_out, *heads, out, lse, fields, scale, bounds, mass, keep)
+        return _cuda_training.backward(*arguments)
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
@@ -136,6 +144,18 @@ def backward(
     return grads
 
 
+def _meta(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _laid_out(found: tuple[Tensor, ...], promised: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Results with the strides that the fakes told a compiler, whatever a library chose."""
+    return tuple(
+        x if x.stride() == y.stride() else torch.empty_like(y, device=x.device).copy_(x)
+        for x, y in zip(found, promised, strict=True)
+    )
+
+
 @torch.library.custom_op("lookagain::routed_attention", mutates_args=())
 def _op(
     query: Tensor,
@@ -150,9 +170,11 @@ def _op(
     selected: Tensor | None,
     scale: float,
     block_table: Tensor | None = None,
+    training: bool = False,
 ) -> tuple[Tensor, Tensor]:
     tensors = (query, key, value, key_start, key_length, spans, inv_freq, shift, start, selected)
-    return forward(*tensors, None, None, block_table, scale)
+    found = forward(*tensors, None, None, block_table, scale, training=training)
+    return _laid_out(found, outputs(_meta(query)))
 
 
 @_op.register_fake
@@ -178,7 +200,8 @@ def _mass_op(
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     tensors = (query, key, value, key_start, key_length, spans, inv_freq, shift, start, selected)
-    return forward(*tensors, visual_mass, mass_from, block_table, scale)
+    found = forward(*tensors, visual_mass, mass_from, block_table, scale)
+    return _laid_out(found, outputs(_meta(query)))
 
 
 @_mass_op.register_fake
@@ -204,7 +227,8 @@ def _backward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (query, key, value, key_start, key_length, spans, inv_freq, shift, start, selected)
-    return backward(grad_out, out, lse, tensors, scale)
+    found = backward(grad_out, out, lse, tensors, scale, keep=False)
+    return _laid_out(found, tuple(torch.empty_like(_meta(x)) for x in tensors[:3]))
 
 
 @_backward_op.register_fake
@@ -221,7 +245,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:  # noqa: ANN401 - autograd's own
-    *tensors, scale, block_table = inputs
+    *tensors, scale, block_table, _ = inputs
     if block_table is not None:
         raise ValueError("block_table must be None where gradients are wanted")
     ctx.save_for_backward(*tensors, *output)
@@ -231,7 +255,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:  # noqa: ANN
 def _op_backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     *tensors, out, lse = ctx.saved_tensors
     grads = torch.ops.lookagain.routed_attention_backward(grad_out, out, lse, *tensors, ctx.scale)
-    return (*grads, *[None] * 9)
+    return (*grads, *[None] * 10)
 
 
 _op.register_autograd(_op_backward, setup_context=_setup_context)

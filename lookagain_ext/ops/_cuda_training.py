@@ -38,15 +38,16 @@ def takes(
     value: Tensor,
     block_table: Tensor | None,
     scale: float,
-    keep: bool = False,
+    training: bool = False,
 ) -> bool:
-    """Whether a call goes this way, not to the decode kernel; `keep` as of `forward`.
+    """Whether a call goes this way, not to the decode kernel; `training` as of `forward`.
 
     Within the capture of a CUDA graph the library's way is closed: it reads a layout on the host.
     """
     if not _cuda.are_many(query, key, block_table):
         return False
-    return not _cuda.is_capturing(query) or _cuda_many.is_chosen(query, key, value, scale, keep)
+    own = _cuda_many.is_chosen(query, key, value, scale, training)
+    return own or not _cuda.is_capturing(query)
 
 
 def forward(
@@ -55,6 +56,7 @@ def forward(
     value: Tensor,
     fields: Fields,
     scale: float,
+    training: bool = False,
     keep: bool = False,
     bounds: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -66,10 +68,13 @@ def forward(
         value: likewise.
         fields: key_start, key_length, spans, inv_freq, shift, start, selected.
         scale: of the logits.
-        keep: whether a backward and other layers with the very same fields will follow.
+        training: whether a backward will follow.
+        keep: whether calls with the very same fields, unchanged, will follow: its own backward and
+            those of other layers. Not in compiled code, which writes to tensors that it reuses
+            without a trace.
         bounds: of packed sequences, see `read_layout`.
     """
-    if _cuda_many.is_chosen(query, key, value, scale, keep):
+    if _cuda_many.is_chosen(query, key, value, scale, training):
         return _cuda_many.forward(query, key, value, fields, scale, bounds)
     layout = (_layouts.read if keep else read_layout)(query, key, fields, bounds)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -101,8 +106,11 @@ def backward(
     scale: float,
     bounds: tuple[int, ...] | None = None,
     mass: CountedMass | None = None,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, shaped as they are; adds to `mass`.
+
+    `keep` as of `forward`.
 
     The libraries keep their probabilities to themselves: beside them the mass is a pass of its own.
     """
@@ -111,7 +119,7 @@ def backward(
         return _cuda_many.backward(*tensors, fields, scale, bounds, mass)
     if mass is not None:
         _cuda.add_counted_mass(query, key, lse, mass, fields, scale, bounds)
-    layout = _layouts.read(query, key, fields, bounds)
+    layout = (_layouts.read if keep else read_layout)(query, key, fields, bounds)
     grad_out, query, key, value, out = (
         x.transpose(1, 2) for x in (grad_out, query, key, value, out)
     )

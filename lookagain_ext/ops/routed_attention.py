@@ -379,7 +379,9 @@ def _traced(
     if visual_mass is not None and not _wants_grad(query, key, value):
         call = torch.ops.lookagain.routed_attention_mass_
         return call(*tensors, visual_mass, mass_from, scale, block_table)
-    out, lse = torch.ops.lookagain.routed_attention(*tensors, scale, block_table)
+    out, lse = torch.ops.lookagain.routed_attention(
+        *tensors, scale, block_table, _wants_grad(query, key, value)
+    )
     if visual_mass is not None:
         _add_mass(visual_mass, mass_from, lse, *tensors, scale)
     return out, lse
@@ -415,7 +417,9 @@ class _RoutedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - autograd's own
         *tensors, scale, bounds, mass = args
-        out, lse = forward(*tensors, None, None, None, scale, keep=True, bounds=bounds)
+        out, lse = forward(
+            *tensors, None, None, None, scale, training=True, keep=True, bounds=bounds
+        )
         ctx.save_for_backward(*tensors, out, lse)
         ctx.scale, ctx.bounds, ctx.mass = scale, bounds, mass
         ctx.mark_non_differentiable(lse)
