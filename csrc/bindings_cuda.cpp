@@ -273,8 +273,8 @@ void cuda_many_queries(py::object query, py::object key, py::object value, py::o
   }
   if (!cuda::takes_many_queries(p)) {
     throw py::value_error(
-        "query, key and value must be bfloat16 or float16, with rows at 16-byte boundaries, head "
-        "sizes up to 128 and a positive scale, for the kernels of many queries");
+        "query, key, value, out and grad_out must be bfloat16 or float16, with rows at 16-byte "
+        "boundaries, head sizes up to 128 and a positive scale, for the kernels of many queries");
   }
   const cuda::DeviceGuard guard(device);
   Workspace workspace{allocate, {}};

@@ -134,6 +134,7 @@ class StandIns:
     ) -> tuple[Tensor | int, ...]:
         self.calls["cudnn forward"] += 1
         assert bias is None and want_lse and not dropout and not debug
+        _as_read(query, key, value)
         out, lse = torch.empty_like(query), _sums(query[:, 0]).new_empty(query.shape[:3])
         assert query.shape[2] == key.shape[2]  # its causal mask begins at the first key
         for row in range(query.shape[0]):
@@ -169,6 +170,7 @@ class StandIns:
         assert lse.shape == (*query.shape[:3], 1) and lse.dtype == torch.float32 and not dropout
         assert bias is cum_q is cum_k is None and (max_q, max_k) == (query.shape[2], key.shape[2])
         assert seed.dtype == offset.dtype == torch.int64
+        _as_read(grad_out, query, key, value, out)
         grads = [torch.empty_like(x) for x in (query, key, value)]
         for row in range(query.shape[0]):
             here = (x[row].transpose(0, 1) for x in (query, key, value, out, grad_out))
@@ -180,13 +182,17 @@ class StandIns:
 
 
 def _as_sequences(cum: Tensor | None, *tensors: Tensor) -> list[Tensor]:
-    """[total, H, D] of what a GPU's kernels would read as it lies."""
+    """[total, H, D] of each."""
+    assert all(x.dim() == (4 if cum is None else 3) for x in tensors)
+    _as_read(*tensors)
+    return [x if cum is not None else x.flatten(0, 1) for x in tensors]
+
+
+def _as_read(*tensors: Tensor) -> None:
+    """Kernels of a GPU read them as they lie, 16 bytes at a time."""
     for x in tensors:
         assert x.dtype in (torch.bfloat16, torch.float16) and x.stride(-1) == 1
-        assert x.dim() == (4 if cum is None else 3)
-    for x in tensors[:3]:
-        assert all(n % 8 == 0 for n in x.stride()[:-1]) and x.data_ptr() % 16 == 0
-    return [x if cum is not None else x.flatten(0, 1) for x in tensors]
+        assert all(n > 0 and n % 8 == 0 for n in x.stride()[:-1]) and x.data_ptr() % 16 == 0
 
 
 def _sums(query: Tensor) -> Tensor:

@@ -91,20 +91,34 @@ def test_packed_sequences_are_one_call(fused) -> None:
             torch.testing.assert_close(found[:, :, begin:end].double(), right, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("offset", [0, 4])
-def test_rows_that_a_library_cannot_read_are_copied(offset, fused) -> None:
-    """Rows 36 elements apart, or eight bytes off their boundary."""
-    problem = Case(queries=20, keys=40, ragged=False, poison=False, dtype=torch.bfloat16).make()
-    wide = [x.new_zeros(*x.shape[:3], 36 if offset == 0 else 40) for x in problem[:3]]
-    moved = [x[..., offset : offset + 32].copy_(y) for x, y in zip(wide, problem, strict=False)]
-    expected = differentiate(ops.routed_attention, problem)
-    inputs = [x.detach().requires_grad_() for x in moved]
-    out, lse = ops.routed_attention(*inputs, problem.visual, return_lse=True, **problem.kwargs())
-    draw = torch.Generator().manual_seed(1)
-    upstream = torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out)
-    found = (out, lse, *torch.autograd.grad(out, inputs, upstream))
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
+def displaced(x, gap, offset):
+    """The same numbers `offset` elements behind a boundary, rows `gap` longer than they need be."""
+    shape = (*x.shape[:3], x.shape[3] + gap)
+    flat = torch.zeros(math.prod(shape) + offset, dtype=x.dtype)
+    return flat[offset:].view(shape)[..., : x.shape[3]].copy_(x)
+
+
+@pytest.mark.parametrize("way", ["flash", "cudnn", "kernels"])
+@pytest.mark.parametrize(("gap", "offset"), [(4, 0), (0, 4), (8, 4)])
+def test_rows_that_cannot_be_read_as_they_lie_are_copied(
+    gap, offset, way, fused, monkeypatch
+) -> None:
+    """Also a gradient that is contiguous, but begins elsewhere."""
+    monkeypatch.setattr(library, "_capability", lambda index: (9, 0) if way == "cudnn" else (8, 0))
+    monkeypatch.setattr(_cuda_many, "choice", "kernels" if way == "kernels" else "library")
+    case = Case(queries=128, keys=128, size=64, ragged=False, poison=False, again=1)
+    problem = case.but(dtype=torch.bfloat16).make()
+    upstream = torch.randn_like(problem.query)
+    results = []
+    for move in (lambda x: x.detach().clone(), lambda x: displaced(x, gap, offset)):
+        heads = problem[:3] if way == "kernels" else [move(x) for x in problem[:3]]
+        inputs = [x.detach().requires_grad_() for x in heads]
+        out = ops.routed_attention(*inputs, problem.visual)
+        results.append((out, *torch.autograd.grad(out, inputs, move(upstream))))
+    assert all(map(torch.equal, *results))
+    ran = {"kernels": set(), "flash": {"flash forward", "flash backward"}}
+    ran["cudnn"] = ran["flash"] | {"cudnn forward", "cudnn backward"}
+    assert set(fused.calls) == ran[way]
 
 
 LAYOUTS = {

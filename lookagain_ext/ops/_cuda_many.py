@@ -90,7 +90,9 @@ def backward(
         bounds: of packed sequences.
         mass: the visual mass of these queries is added to it.
     """
-    grad_out, out = (x if _is_aligned(x) else x.contiguous() for x in (grad_out, out))
+    # `contiguous` would give back what is contiguous, wherever it begins.
+    whole = torch.contiguous_format
+    grad_out, out = (x if _is_aligned(x) else x.clone(memory_format=whole) for x in (grad_out, out))
     grads = tuple(_like_models(x) for x in (query, key, value))
     tensors = (query, key, value, out, lse.contiguous())
     total, counted = (None, None) if mass is None else mass

@@ -67,7 +67,7 @@ def forward(
     if not _is_fused(query):
         return _chunked_forward(query, key, value, causal, scale, sequences)
     if sequences is None and causal and _cudnn_fits(query, key):
-        turned = (x.transpose(1, 2) for x in (query, key, value))
+        turned = (_aligned(x).transpose(1, 2) for x in (query, key, value))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *turned, None, True, 0.0, True, False, scale=scale
         )
@@ -104,7 +104,7 @@ def backward(
         return _chunked_backward(grad_out, query, key, value, out, lse, causal, scale, sequences)
     exact_order = torch.are_deterministic_algorithms_enabled()
     if sequences is None and causal and not exact_order and _cudnn_fits(query, key):
-        turned = [x.transpose(1, 2) for x in (grad_out, query, key, value, out)]
+        turned = [_aligned(x).transpose(1, 2) for x in (grad_out, query, key, value, out)]
         state = torch.empty(2, dtype=torch.int64, device=query.device)  # of dropout, unread
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *turned,
@@ -130,8 +130,7 @@ def backward(
     grad_out, query, key, value, out, lse = tensors
     state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of dropout, unread
     grads = torch.ops.aten._flash_attention_backward(
-        grad_out,
-        *(_aligned(x) for x in (query, key, value, out)),
+        *(_aligned(x) for x in (grad_out, query, key, value, out)),
         lse.contiguous(),
         *layout,
         0.0,
@@ -173,10 +172,11 @@ def _cudnn_fits(query: Tensor, key: Tensor) -> bool:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """As FlashAttention reads it: rows at 16-byte boundaries, the last axis contiguous."""
+    """As libraries read it: rows at 16-byte boundaries, each its own, the last axis contiguous."""
     strides = x.stride()
-    odd = any(stride % 8 for stride in strides[:-1]) or x.data_ptr() % 16
-    return x.contiguous() if odd or strides[-1] != 1 else x
+    odd = any(stride % 8 or not stride for stride in strides[:-1]) or x.data_ptr() % 16
+    # `contiguous` would give back what is contiguous, wherever it begins.
+    return x.clone(memory_format=torch.contiguous_format) if odd or strides[-1] != 1 else x
 
 
 def _chunks(
