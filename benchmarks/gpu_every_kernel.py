@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -101,13 +102,18 @@ def mass(dtype: torch.dtype, size: int, groups: int = 7, aligned: bool = True) -
 
 
 def training(
-    dtype: torch.dtype, size: int, packed: bool = False, again: int = 2, select: bool = True
+    dtype: torch.dtype,
+    size: int,
+    packed: bool = False,
+    again: int = 2,
+    select: bool = True,
+    groups: int = 7,
 ) -> None:
     """Forward and backward with many queries by our own kernels, and the mass within it.
 
     Ragged rows, or sequences packed into one, of which one is empty.
     """
-    heads, tokens = (HEADS * 7, HEADS, HEADS), 22
+    heads, tokens = (HEADS * groups, HEADS, HEADS), 22
     edges = [0, QUERIES, QUERIES, 2 * QUERIES] if packed else None
     batch, keys, rows = (1, edges[-1], 3) if packed else (BATCH, QUERIES, BATCH)
     query, key, value = (
@@ -153,6 +159,27 @@ def training(
             torch.testing.assert_close(ours, other, atol=4e-2, rtol=4e-2)
 
 
+def captured(dtype: torch.dtype) -> None:
+    """Forward and backward within a CUDA graph, where the first call of their kernels is made."""
+    heads = [torch.randn(1, n, 40, 128, device=DEVICE, dtype=dtype) for n in (14, 2, 2)]
+    inputs = [x.requires_grad_() for x in heads]
+    spans = torch.tensor([[[2, 10]]], dtype=torch.int32, device=DEVICE)
+    visual = VisualContext.from_spans(spans, 1e4 ** -(torch.arange(64, device=DEVICE) / 64))
+    visual = visual.reinject(torch.tensor([True], device=DEVICE), 40, 20)
+
+    def step(attention: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        out = attention(*inputs, visual)
+        return out, *torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+    expected = step(reference.routed_attention)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(ops.routed_attention)
+    graph.replay()
+    for ours, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, other, atol=4e-2, rtol=4e-2)
+
+
 def append(dtype: torch.dtype, size: int) -> None:
     """append_visual_ of a selection."""
     batch, keys = 3, 200
@@ -185,11 +212,6 @@ def main() -> None:
         Attention(dtype, paged=16, groups=1, queries=40).check()
         for size in (64, 80, 128, 256):
             mass(dtype, size)
-        for size in (64, 80, 128):
-            training(dtype, size)
-        training(dtype, 128, packed=True)
-        training(dtype, 128, select=False)
-        training(dtype, 128, again=0)
         mass(dtype, 128, groups=1)
         mass(dtype, 128, aligned=False)
     Attention(torch.float32).check()
@@ -198,6 +220,14 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         append(dtype, 128)
         append(dtype, 40)
+    for dtype in (torch.bfloat16, torch.float16):
+        captured(dtype)
+        for size in (64, 80, 128):
+            training(dtype, size)
+        training(dtype, 128, packed=True)
+        training(dtype, 128, select=False)
+        training(dtype, 128, again=0)
+        training(dtype, 128, groups=1)  # key blocks in one piece
     torch.cuda.synchronize()
     print("every kernel ran and agreed with the reference")
 

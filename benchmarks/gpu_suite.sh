@@ -2,7 +2,7 @@
 # Everything that only a GPU can show: `bash benchmarks/gpu_suite.sh [OUT] [PART ...]`.
 #
 # Builds from this checkout against the torch found here, without downloading anything, then:
-#   1  all tests on `cuda`
+#   1  every kernel once, then all tests on `cuda`
 #   2  compute-sanitizer: memcheck and racecheck of every kernel on small shapes
 #   3  the kernels beside their baselines and peers: OUT/gpu_kernels.json
 #   4  generate() with a 7B-shaped model, dynamic cache: OUT/gpu_generate.json
@@ -33,11 +33,18 @@ import lookagain_ext, torch
 print(lookagain_ext.build_info(), torch.__version__, torch.cuda.get_device_name())" || exit 1
 
 if part 1; then
+  say "every kernel"
+  try timeout 90 python3 -m benchmarks.gpu_every_kernel | tail -n 15 || failed=1
   say "tests on cuda"
   workers=()
   python3 -c "import xdist" 2>/dev/null && workers=(-n 10)  # most of a test is not on the GPU
-  try timeout 500 python3 -m pytest -q --maxfail=20 "${workers[@]}" -k "cuda and not emulated" \
-    python_tests -p no:cacheprovider | tee "$out/gpu_tests.log" | tail -n 40 || failed=1
+  try timeout 330 python3 -m pytest -q --maxfail=20 "${workers[@]}" -k "cuda and not emulated" \
+    --ignore python_tests/test_many_queries.py python_tests -p no:cacheprovider |
+    tee "$out/gpu_tests.log" | tail -n 40 || failed=1
+  # In processes of their own: a kernel that fails takes all that its process does after it along.
+  try timeout 100 python3 -m pytest -q --maxfail=20 "${workers[@]}" -k "cuda and not emulated" \
+    python_tests/test_many_queries.py -p no:cacheprovider |
+    tee "$out/gpu_tests_many_queries.log" | tail -n 20 || failed=1
 fi
 
 if part 2; then
@@ -71,8 +78,11 @@ fi
 
 if part 6; then
   say "training"
-  try timeout 300 python3 -m benchmarks.gpu_training --out "$out/gpu_training.json" || failed=1
-  try timeout 230 python3 -m benchmarks.gpu_training_step --out "$out/gpu_training_step.json" ||
+  try timeout 270 python3 -m benchmarks.gpu_training --no-own-kernels \
+    --out "$out/gpu_training.json" || failed=1
+  try timeout 80 python3 -m benchmarks.gpu_training --suite attention --suite mass \
+    --compile-seconds 0 --out "$out/gpu_training_own_kernels.json" || failed=1
+  try timeout 180 python3 -m benchmarks.gpu_training_step --out "$out/gpu_training_step.json" ||
     failed=1
 fi
 

@@ -149,13 +149,15 @@ class _OwnKernels(torch.autograd.Function):
         return *_cuda_many.backward(grad_out, *saved, fields, scale), None
 
 
-def own_kernels(visual: VisualContext | None, device: torch.device) -> Attention:
+def own_kernels(setting: Setting, visual: VisualContext | None) -> Attention:
     """Our kernels of one pass, which `LOOKAGAIN_CUDA_TRAINING=kernels` would choose.
 
     Raises:
-        LeftOut: where there is no GPU.
+        LeftOut: where there is no GPU, or they are not wanted.
     """
-    if not _cuda.on_gpu(torch.empty(0, device=device)):
+    if not setting.own_kernels:
+        raise LeftOut("not asked for")
+    if not _cuda.on_gpu(torch.empty(0, device=setting.device)):
         raise LeftOut("needs a GPU")
     return lambda query, key, value: _OwnKernels.apply(query, key, value, visual)
 
@@ -235,7 +237,7 @@ def peers(
     for name, call in sdpa(setting.on_gpu).items():
         found[name] = Peer(call, same_work=plain)
     try:
-        found["own kernels"] = Peer(own_kernels(visual, setting.device), same_work=True)
+        found["own kernels"] = Peer(own_kernels(setting, visual), same_work=True)
     except LeftOut as reason:
         found["own kernels"] = reason
     for name, module in FLASH_ATTENTION.items():

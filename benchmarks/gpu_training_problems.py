@@ -71,11 +71,17 @@ class Setting:
     """Device, shapes and patience of a run."""
 
     def __init__(
-        self, device: str, small: bool, seconds: float, compile_seconds: float = 110.0
+        self,
+        device: str,
+        small: bool,
+        seconds: float,
+        compile_seconds: float = 110.0,
+        own_kernels: bool = True,
     ) -> None:
         self.device = torch.device(device)
         self.seconds = seconds
         self.compile_seconds = compile_seconds
+        self.own_kernels = own_kernels
         self.model = ModelShape(4, 2, 64) if small else MODELS["qwen2.5-vl-7b"]
         self.shapes = SMALL if small else SHAPES
         self.growth = (64, 128) if small else (8192, 32768)

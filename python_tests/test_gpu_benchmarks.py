@@ -8,13 +8,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import emulated
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner
+
+from lookagain_ext.ops import _cuda
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(
@@ -128,4 +132,15 @@ def test_every_kernel_on_the_emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in smaller.items():
         monkeypatch.setattr(gpu_every_kernel, name, value)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    captured = []
+
+    @contextmanager
+    def graph(_):
+        with monkeypatch.context() as patch:
+            patch.setattr(_cuda, "is_capturing", lambda tensor: captured.append(tensor) or True)
+            yield
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
     gpu_every_kernel.main()
+    assert captured
