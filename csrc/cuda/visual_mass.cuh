@@ -145,20 +145,37 @@ struct Mass {
     const int dim = static_cast<int>(p.head_dim);
     T* mine = ring + warp * kKeys * kPitch;
     const int first = block.token_block * kTokens + warp * kKeys;
-    for (int row = 0; row < kKeys; ++row) {
-      const int key = block.key_of(p, first + row);
-      const T* from = static_cast<const T*>(p.key.data);
-      if (key >= 0) from += slot_offset(p.key, p, block.batch_row, block.key_head, key);
-      T* to = mine + row * kPitch;
-      for (int d = lane; d < kDim; d += 32) {
-        if (key < 0 || d >= dim) {
-          to[d] = T{0};
-        } else if (d < half) {
-          const float one = to_float(from[d]), other = to_float(from[d + half]);
-          to[d] = from_float<T>(one * table[d].x - other * table[d].y);
-          to[d + half] = from_float<T>(other * table[d].x + one * table[d].y);
-        } else if (d >= 2 * half) {
-          to[d] = from[d];
+    constexpr int kAtOnce = 4;  // rows read before the first is written
+    constexpr int kParts = (kDim + 31) / 32;
+#pragma unroll 1
+    for (int row = 0; row < kKeys; row += kAtOnce) {
+      T one[kAtOnce][kParts], other[kAtOnce][kParts];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int key = block.key_of(p, first + row + k);
+        const T* from = static_cast<const T*>(p.key.data);
+        if (key >= 0) from += slot_offset(p.key, p, block.batch_row, block.key_head, key);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          const int d = lane + 32 * part;
+          const bool there = key >= 0 && d < dim;
+          one[k][part] = there ? from[d] : T{0};
+          other[k][part] = there && d < half ? from[d + half] : T{0};
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        T* to = mine + (row + k) * kPitch;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          const int d = lane + 32 * part;
+          if (d < half) {
+            const float x = to_float(one[k][part]), y = to_float(other[k][part]);
+            to[d] = from_float<T>(x * table[d].x - y * table[d].y);
+            to[d + half] = from_float<T>(y * table[d].x + x * table[d].y);
+          } else if (d >= 2 * half && d < kDim) {
+            to[d] = one[k][part];
+          }
         }
       }
     }
