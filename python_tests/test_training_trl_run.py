@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,25 @@ def test_kill_and_resume_gives_the_same_weights(kind, tmp_path):
     assert [line["step"] for line in metrics[0]] == [1, 2, 3, 4]
     for one, other in zip(*metrics, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["brpo", "sft"])
+@pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": ["q_proj"]}])
+def test_a_finished_run_trains_nothing_more(kind, lora, tmp_path):
+    """Also one whose model is not written yet, in the middle of an epoch."""
+    changes = {"lora": lora, "data": {"scenes": 30, "seed": 3}}
+    plan = config(tmp_path, kind, **changes)
+    plan.trainer["lr_scheduler_type"] = "constant"
+    done = run(kind, plan, rewards=[length_reward], console=quiet())
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    weights = (done / name).read_bytes()
+    lines = (tmp_path / "run" / METRICS).read_text()
+    shutil.rmtree(done)
+    for _ in range(2):
+        assert run(kind, plan, rewards=[length_reward], console=quiet()) == done
+        assert (done / name).read_bytes() == weights
+        assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
+        assert (tmp_path / "run" / METRICS).read_text() == lines
 
 
 @pytest.mark.parametrize("way", ["copy", "route"])

@@ -77,7 +77,8 @@ class LookingTrainer:
 
     Weights are read back from checkpoints through `from_pretrained`. The Trainer's own way takes
     the names in the file for those of the module, which for Qwen2.5-VL they are not, and goes on
-    from the weights that the model had, with no more than a warning about missing keys.
+    from the weights that the model had, with no more than a warning about missing keys. A
+    checkpoint of the last step is taken as it is: nothing is trained on top of it.
 
     Attributes:
         look_again_config: how the models look again.
@@ -120,6 +121,17 @@ class LookingTrainer:
         self._measured, self._measuring = 0, None  # an earlier run's may have been cut off
         with self.looking():
             return super().train(*args, **keywords)
+
+    def _run_epoch(self, *args: Any, **keywords: Any) -> None:  # noqa: ANN401 - as the Trainer's
+        """The Trainer's; nothing when all steps are done.
+
+        The Trainer compares with the last step only after a step, so that resuming from the last
+        checkpoint would train one more.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **keywords)
 
     def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:  # noqa: ANN401
         """The Trainer's; also the tokens a second since the log before, and what was measured."""

@@ -68,7 +68,8 @@ def run(
         config: the configuration, or its YAML file, or the name of a packaged one.
         output: replaces the configuration's folder.
         look_again: replaces the trainer's `look_again`.
-        resume: go on from a checkpoint in the folder; False refuses to start where one lies.
+        resume: go on from a checkpoint in the folder, and from one of the last step write the
+            model and train nothing; False refuses to start where one lies.
         rewards: BRPO's reward functions; None: `brpo_rewards` with the configuration's keywords.
         console: to print to.
 
