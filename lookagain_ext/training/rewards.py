@@ -40,7 +40,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..template import ParsedAnswer, parse_ids, tag_ids
-from .accuracy import check_matching, is_right
+from .accuracy import check_matching, is_missing, is_right
 
 PRESETS: tuple[str, ...] = ("paper", "hardened")
 Reward = Callable[..., list[float]]
@@ -173,6 +173,12 @@ def brpo_rewards(
                 f"the data must have a column 'answer', one for each of {len(completions)} "
                 f"completions, got {answer!r}"[:300]
             )
+        for number, wanted in enumerate(answer):
+            if is_missing(wanted):
+                raise ValueError(
+                    f"answer {number} of {len(answer)} is missing ({wanted}): give each row of the "
+                    "data an answer, or leave the row out"
+                )
         answers = parsed(completions, completion_ids)
         return [
             float(is_right(one.conclusion, wanted, matching))
