@@ -84,7 +84,11 @@ def test_rewards_of_an_answer(tokenizer, text, form, right, balance) -> None:
         ([19], 0.19, 0),
         ([20], 0.2, 0.2),
         ([100, 0], 0.5, 1),  # a short one is not counted, and so does no harm
-        ([150, 50], 1, 1),
+        ([150, 50], 1, 0.5),
+        ([660] + [20] * 7, 1, 0.175),  # short ones do not make up for a long one
+        ([180, 20], 1, 0.2),
+        ([500] + [20] * 5, 1, 1 / 6),
+        ([800], -6, 0),
     ],
 )
 def test_the_hole_in_the_paper_is_closed(tokenizer, lengths, paper, hardened) -> None:
@@ -100,6 +104,8 @@ def test_hardened_is_bounded_and_empty_blocks_buy_nothing(lengths, target) -> No
     found = hardened_balance(lengths, target)
     assert 0 <= found <= 1
     assert hardened_balance([*lengths, 0], target) <= found
+    alone = [hardened_balance([one], target) for one in lengths]
+    assert found <= max(alone, default=0) + 1e-12
     assert paper_balance(lengths, target) <= 1
 
 
@@ -201,9 +207,9 @@ NUMBERS = [
 
 
 NOT_17 = (
-    "≠ 17 / \\neq 17 / \\not 17 / < 17 / \\geq 17 / not x = 17 / x ≠ 17 / ±17 / ~17 / ≈17 / no 17 / "
-    "about 17 / 17... / 17 or / 17 \\approx 18 / 17 = 5 / 5=17 / x = 17 = y / =17 / 17= / 5 – 17 / "
-    "17–5 / 17—5 / 17…5 / 17 to 5 / 17 \\ldots 5 / 5..17 / 17 • 5 / 17?5 / 17#5 / 17|5 / 17_5 / "
+    "≠ 17 / \\neq 17 / \\not 17 / < 17 / \\geq 17 / not x = 17 / x ≠ 17 / ±17 / ~17 / ≈17 / "
+    "no 17 / about 17 / 17... / 17 or / 17 \\approx 18 / 17 = 5 / 5=17 / x = 17 = y / =17 / 17= / "
+    "5 – 17 / 17–5 / 17—5 / 17…5 / 17 to 5 / 17 \\ldots 5 / 5..17 / 17 • 5 / 17?5 / 17#5 / 17|5 / 17_5 / "
     "17→5→23 / 17;5 / 17, 5 / 17\\quad 5 / 17\\;5 / 17\\%5 / 17)(5 / (17, 5) / \\{17, 5\\} / "
     "$17$ or $5$ / \\boxed{17} or \\boxed{5} / 17 thousand / 17! / 17m"
 ).split(" / ")
