@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -63,8 +64,8 @@ class LookingTrainer:
 
     Sessions are open while the trainer trains, evaluates, predicts or saves, on every model that
     `_models_that_look` names, and closed when it is done, also by an error. Saving within a
-    session writes how the model looks into its `config.json`. With "off" nothing is opened and
-    nothing about the model changes.
+    session writes how the model looks into its `config.json`. With "off" nothing is opened but for
+    the moment in which `visual_attention` is measured.
 
     TRL's metric `num_tokens` gets two beside it: `tokens_per_second`, and `visual_attention`, the
     share of the answers' attention that is on the picture, re-injected tokens included. It is that
@@ -72,8 +73,9 @@ class LookingTrainer:
     step's own backward, and changes nothing about the step. The mean is over heads and over the
     layers that the backward runs through: not those below everything that trains. With "off",
     backend "reencode" or `torch_compile`, where other attention trains, it takes a forward of its
-    own without gradients; the mean is over all layers then, and of "reencode" it is the share that
-    "virtual" would have.
+    own, in evaluation mode and without gradients, which leaves the random numbers of the step as
+    they were; the mean is over all layers then, and of "reencode" it is the share that "virtual"
+    would have. Where that forward fails the metric is left out, with a warning.
 
     Weights are read back from checkpoints through `from_pretrained`. The Trainer's own way takes
     the names in the file for those of the module, which for Qwen2.5-VL they are not, and goes on
@@ -89,6 +91,7 @@ class LookingTrainer:
     look_again_sessions: tuple[LookAgainSession, ...] = ()
     _pace: tuple[float, float] | None = None
     _measured = 0
+    _measurable = True
     _measuring: LookAgainSession | None = None
 
     def _models_that_look(self) -> list[nn.Module]:
@@ -162,7 +165,7 @@ class LookingTrainer:
         self._measured = self.state.global_step + 1
         looking = self.look_again_config
         if not looking.looks or looking.backend == "reencode" or self.args.torch_compile:
-            share = self._share_of_a_forward(model, inputs)
+            share = self._share_beside_the_step(model, inputs)
             if share is not None:
                 self._metrics["train"]["visual_attention"] = [share]
             return super().compute_loss(model, inputs, *args, **keywords)
@@ -176,11 +179,26 @@ class LookingTrainer:
         step, every = self.state.global_step + 1, max(1, int(self.state.logging_steps))
         first = self.args.logging_first_step and step == 1
         due = self.args.logging_strategy == "steps" and (first or step % every == 0)
-        due = due and self.args.log_visual_attention and self.model.training
+        due = due and self.args.log_visual_attention and self._measurable and self.model.training
         pictures = ("pixel_values", "pixel_values_videos")
         pictured = any(inputs.get(name) is not None for name in pictures)
         padded = bool({"attention_mask", "completion_mask"} & set(inputs))  # not packed
         return due and pictured and padded and step != self._measured
+
+    def _share_beside_the_step(self, model: nn.Module, inputs: dict[str, Any]) -> float | None:
+        """`_share_of_a_forward`; None, and one warning, if this model cannot be measured."""
+        try:
+            with _undisturbed(self.model):
+                return self._share_of_a_forward(model, inputs)
+        except Exception as error:
+            self._measurable = False
+            reason = " ".join(str(error).split())
+            warnings.warn(
+                f"visual_attention is left out, its forward failed ({type(error).__name__}: "
+                f"{reason}); log_visual_attention=False leaves it out without a try",
+                stacklevel=2,
+            )
+            return None
 
     @torch.no_grad()
     def _share_of_a_forward(self, model: nn.Module, inputs: dict[str, Any]) -> float | None:
@@ -238,3 +256,18 @@ class LookingTrainer:
         """Whether a checkpoint of it is what its class's `from_pretrained` reads."""
         whole = isinstance(model, PreTrainedModel) and not self.is_fsdp_enabled
         return whole and not getattr(model, "is_quantized", False)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode; afterwards every module's mode and the random numbers are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    others = {} if device.type in ("cpu", "mps") else {"device_type": device.type}
+    with torch.random.fork_rng([device] if others else [], **others):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
