@@ -152,6 +152,29 @@ def test_loss_is_on_the_answer_alone(way, tmp_path):
     assert (abs(plain - loss) > 1e-4) == (way != "off")
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_predictions_are_made_as_the_model_was_trained(way, tmp_path):
+    """Also with a reflection in the prompt, which does not trigger; and what metrics are given."""
+    given = []
+
+    def metrics(predicted):
+        given.append(predicted.predictions)
+        return {"seen": 1.0}
+
+    note = "Write <REFLECTION></REFLECTION> once. "
+    trainer = make_trainer(tmp_path, WAYS[way], note=note, per_device_eval_batch_size=1)
+    rows = trainer.train_dataset
+    found = trainer.predict(rows).predictions
+    batch = dict(trainer.data_collator([dict(rows[0])]))
+    trainer.model.eval()
+    with trainer.looking(), torch.no_grad():
+        logits = trainer.model(**batch).logits[0]
+    assert torch.allclose(torch.tensor(found[0, : len(logits)]), logits, rtol=0, atol=1e-5)
+    trainer.compute_metrics = metrics
+    assert trainer.evaluate(rows)["eval_seen"] == 1.0
+    assert (given[0] == found).all()
+
+
 def test_detached_when_training_raises(tmp_path):
     trainer = make_trainer(tmp_path)
     collate, calls = trainer.data_collator, []
