@@ -268,6 +268,26 @@ def test_an_adapter_that_trains_the_tags(tmp_path):
     assert torch.equal(old.k_proj.weight, new.k_proj.weight)
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": ["q_proj"]}])
+@pytest.mark.parametrize("way", ["off", {"strategy": "route", "route_ratio": 0.3}], ids=str)
+def test_what_is_saved_says_how_it_was_trained(lora, way, tmp_path):
+    """And not what the base said."""
+    trainer = {**TRAINER, "max_steps": 2, "look_again": way, "gradient_accumulation_steps": 1}
+    trainer["train_tags_only"] = lora is None
+    plan = config(tmp_path, "sft", lora=lora, trainer=trainer)
+    said = tmp_path / "base/config.json"
+    plain = {**json.loads(said.read_text()), "lookagain": {"strategy": "copy"}}
+    said.write_text(json.dumps(plain))
+    done = run("sft", plan, console=quiet())
+    wanted = {"strategy": "off"} if way == "off" else way
+    for folder in (done, tmp_path / "run/checkpoint-2"):
+        model, processor = load(folder)
+        with lookagain_ext.look_again(model, None, processor) as session:
+            found = session.config.to_dict()
+        assert found | wanted == found, folder
+    assert (done / "config.json").is_file() == (lora is None)  # an adapter's would be a model's
+
+
 def test_resume_refuses_another_configuration(tmp_path):
     short = {**config(tmp_path).trainer, "max_steps": 2}
     run("brpo", config(tmp_path, trainer=short), rewards=[length_reward], console=quiet())

@@ -214,6 +214,49 @@ def test_optimizers_that_move_untouched_rows_are_refused(tmp_path):
         make_trainer(tmp_path, optim="adafactor")
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (lambda p: torch.optim.AdamW(p, weight_decay=0.1), "weight_decay of embedding and head is"),
+        (lambda p: torch.optim.Adadelta(p), "the optimizer Adadelta: this optimizer may move rows"),
+        (lambda p: torch.optim.AdamW(p, weight_decay=0.0), None),
+        ((torch.optim.Rprop, {"lr": 1e-2}), "the optimizer Rprop: this optimizer may move rows"),
+        ((torch.optim.AdamW, {"lr": 1e-2}), None),
+    ],
+)
+def test_optimizers_that_are_handed_over_are_checked(optimizer, message, tmp_path):
+    model, processor = saved_model(tmp_path / "model")
+    settings = {"max_steps": 2, "bf16": False, "use_cpu": True, "report_to": []}
+    settings |= {"save_strategy": "no", "disable_tqdm": True, "weight_decay": 0.1}
+    given = {"optimizer_cls_and_kwargs": optimizer}
+    if callable(optimizer):
+        given = {"optimizers": (optimizer(model.parameters()), None)}
+    keywords = {"train_dataset": answered(4), "processing_class": processor, **given}
+    args = LookAgainSFTConfig(str(tmp_path / "out"), **settings)
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            LookAgainSFTTrainer(model, args, **keywords)
+        return
+    trainer = LookAgainSFTTrainer(model, args, **keywords)
+    before = model.get_input_embeddings().weight.detach().clone()
+    trainer.train()
+    moved = (model.get_input_embeddings().weight != before).any(1).nonzero().flatten().tolist()
+    assert moved == tag_ids(processor)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompt_learning_is_refused_by_name(kind, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs the extra 'train'")
+    adapter = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match=f"{kind} does not work with look_again='copy'.*LoRA"):
+        make_trainer(tmp_path, lora=adapter, train_tags_only=False)
+    model, _ = saved_model(tmp_path / "model")
+    wrapped = peft.get_peft_model(model, adapter)
+    args = LookAgainSFTConfig(str(tmp_path), bf16=False, use_cpu=True)
+    with pytest.raises(ValueError, match=f"{kind} does not work with look_again='copy'"):
+        LookAgainSFTTrainer(wrapped, args)
+
+
 def test_loss_functions_without_labels_are_refused(tmp_path):
     config = LookAgainSFTConfig(str(tmp_path), bf16=False, use_cpu=True)
     with pytest.raises(ValueError, match="compute_loss_func does not work"):

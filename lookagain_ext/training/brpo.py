@@ -16,7 +16,7 @@ from torch import Generator, nn
 
 from ..config import LookAgainConfig
 from ..template import REFLECTION, REFLECTION_END
-from .looking import LookingTrainer, read_look_again
+from .looking import LookingTrainer, check_adapter, read_look_again
 from .trainable import TrainableParts
 
 try:
@@ -130,6 +130,7 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
     Raises:
         ValueError: if `tools`, `environment_factory` or `rollout_func` come with "copy" or
             "route": their prompts grow with what was answered, where reflections do not trigger.
+            If an adapter by prompt learning (prompt or prefix tuning) comes with them.
 
     Example:
         >>> trainer = BRPOTrainer(
@@ -155,6 +156,7 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = BRPOConfig(f"{name.rstrip('/').split('/')[-1]}-BRPO")
         self.look_again_config = args.look_again_config
+        check_adapter(model, keywords.get("peft_config"), self.look_again_config)
         for name in ("tools", "environment_factory", "rollout_func"):
             if self.look_again_config.looks and keywords.get(name):
                 raise ValueError(

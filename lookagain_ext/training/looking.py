@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from transformers import PreTrainedModel
 
 from ..config import LookAgainConfig
 from ..generation import LookAgainSession, look_again
+from ..models import family_of
+from ..models.loading import ADAPTER_CONFIG
+from .checkpoint import write_atomically
 
-__all__ = ["LookingTrainer", "read_look_again"]
+__all__ = ["LookingTrainer", "check_adapter", "read_look_again"]
 
 _STRATEGIES = ("copy", "route", "off")
 
@@ -63,8 +67,8 @@ class LookingTrainer:
     """What a trainer needs to look again; to be put before a transformers Trainer.
 
     Sessions are open while the trainer trains, evaluates, predicts or saves, on every model that
-    `_models_that_look` names, and closed when it is done, also by an error. Saving within a
-    session writes how the model looks into its `config.json`. With "off" nothing is opened but for
+    `_models_that_look` names, and closed when it is done, also by an error. What is saved says how
+    the model looks again. With "off" nothing is opened but for
     the moment in which `visual_attention` is measured.
 
     TRL's metric `num_tokens` gets two beside it: `tokens_per_second`, and `visual_attention`, the
@@ -231,10 +235,25 @@ class LookingTrainer:
         with self.looking():
             return super().predict(*args, **keywords)
 
-    def save_model(self, *args: Any, **keywords: Any) -> None:  # noqa: ANN401 - as the Trainer's
-        """Save within `looking`, so that `config.json` says how the model looks again."""
-        with self.looking():
-            super().save_model(*args, **keywords)
+    def save_model(
+        self,
+        output_dir: str | None = None,
+        *args: Any,  # noqa: ANN401 - as the Trainer's
+        **keywords: Any,  # noqa: ANN401
+    ) -> None:
+        """The Trainer's; what is saved says how the model looks again, "off" too.
+
+        A model says it in its `config.json`. An adapter has none: it says it in `lookagain.json`,
+        which `lookagain_ext.load` reads.
+        """
+        with self.looking() as sessions:
+            used = sessions[0].config if sessions else self.look_again_config
+            with _written_in(family_of(self.model).config, used):
+                super().save_model(output_dir, *args, **keywords)
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if self.args.should_save and (folder / "adapter_config.json").is_file():
+            plain = json.dumps(used.to_dict(), indent=2) + "\n"
+            write_atomically(folder / ADAPTER_CONFIG, plain)
 
     def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
         """The Trainer's, by the names that `save_pretrained` gave to the weights."""
@@ -271,3 +290,38 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+@contextmanager
+def _written_in(config: Any, looking: LookAgainConfig) -> Iterator[None]:  # noqa: ANN401
+    """A model's configuration says how it looks within this context, and then what it said."""
+    before = vars(config).get("lookagain")
+    config.lookagain = looking.to_dict()
+    try:
+        yield
+    finally:
+        if before is None:
+            del config.lookagain
+        else:
+            config.lookagain = before
+
+
+def check_adapter(model: Any, adapter: Any, looking: LookAgainConfig) -> None:  # noqa: ANN401
+    """Refuse adapters with which a model cannot look again.
+
+    Args:
+        model: a name, a model or a PEFT model.
+        adapter: PEFT's configuration of an adapter that the model gets, or None.
+        looking: how the model looks.
+
+    Raises:
+        ValueError: if the adapter puts learned vectors before the tokens (prompt learning).
+    """
+    if adapter is None:
+        adapter = getattr(model, "active_peft_config", None)
+    if looking.looks and getattr(adapter, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(adapter).__name__} does not work with look_again={looking.strategy!r}: it puts "
+            "learned vectors before the tokens, whose places are then others; use LoRA, or "
+            "look_again='off'"
+        )

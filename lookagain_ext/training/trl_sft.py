@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..config import LookAgainConfig
-from .looking import LookingTrainer, read_look_again
+from .looking import LookingTrainer, check_adapter, read_look_again
 from .trainable import TrainableParts
 
 try:
@@ -121,7 +121,8 @@ class LookAgainSFTTrainer(TrainableParts, LookingTrainer, SFTTrainer):
 
     Raises:
         ValueError: if `compute_loss_func` comes with "copy" or "route": TRL then calls the model
-            without labels, so without a boundary between prompt and answer.
+            without labels, so without a boundary between prompt and answer. If an adapter by
+            prompt learning (prompt or prefix tuning) comes with them.
     """
 
     _tag_names = ["trl", "sft"]
@@ -136,6 +137,7 @@ class LookAgainSFTTrainer(TrainableParts, LookingTrainer, SFTTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = LookAgainSFTConfig(f"{name.rstrip('/').split('/')[-1]}-SFT")
         self.look_again_config = args.look_again_config
+        check_adapter(model, keywords.get("peft_config"), self.look_again_config)
         if self.look_again_config.looks and keywords.get("compute_loss_func") is not None:
             raise ValueError(
                 "compute_loss_func does not work with "
