@@ -305,19 +305,60 @@ def test_resume_refuses_another_configuration(tmp_path):
         ({"data": {"scenes": 1, "sedd": 1}}, "data has no entry sedd"),
         ({"trainer": {"output_dir": "x"}}, "named by output"),
         ({"modle": "x"}, "the configuration has no entry modle"),
-        ({"trainer": {"lerning_rate": 1}}, "trainer: .*lerning_rate"),
         ({"trainer": {"use_vllm": True, "look_again": "copy"}}, "use_vllm=True does not work"),
-        ({"lora": {"rank": 4}}, "lora: .*rank"),
+        ({"lora": {"rank": 4}}, "lora has no entry rank"),
+        ({"trainer": {"lerning_rate": 1}}, "did you mean learning_rate?"),
+        ({"trainer": {"learning_rate": "1e-5"}}, "trainer: learning_rate must be a number, got"),
+        ({"trainer": {"max_steps": "2"}}, "max_steps must be a whole number, .*without quotes"),
+        ({"trainer": {"max_steps": 2.5}}, "max_steps must be a whole number, got 2.5"),
+        ({"trainer": {"bf16": "no"}}, "bf16 must be true or false or null, got 'no'"),
+        ({"trainer": {"look_again": False}}, "trainer: look_again .*put off in quotes"),
+        ({"data": {"path": "missing.jsonl"}}, "data: there is no file missing.jsonl"),
+        ({"data": {"scenes": 0}}, "data: scenes must be a whole number from 1 on, got 0"),
+        ({"data": {"scenes": "x"}}, "data: scenes must be a whole number from 1 on, got 'x'"),
+        ({"data": {"path": 3}}, "data: path must be a text, got 3"),
+        ({"rewards": {"foo": 1}}, "rewards has no entry foo"),
+        ({"rewards": {"target_length": "x"}}, "rewards: target_length must be a number above 0"),
+        ({"rewards": {"weights": 1}}, "rewards: weights must be a list of numbers"),
+        ({"lora": True}, "lora must hold names and values, got True"),
+        ({"lora": {"r": "four"}}, "lora: r must be a whole number, got 'four'"),
+        ({"threads": "two"}, "threads must be a whole number from 0 on, got 'two'"),
+        ({"threads": -1}, "threads must be a whole number from 0 on, got -1"),
+        ({"output": 5}, "output must be a text, got 5"),
+        ({"output": None}, "output must be a text, got None"),
+        ({"dtype": 16}, "dtype must be a text"),
     ],
 )
 def test_wrong_configurations_are_named(changes, message, tmp_path):
-    if "lora" in changes:
-        saved_model(tmp_path / "base")
-    plain = {"output": str(tmp_path), "model": str(tmp_path / "base"), "data": {"scenes": 1}}
-    if "lora" in changes:
-        plain["trainer"] = {**TRAINER, "num_generations": 2}
+    plain = {"output": str(tmp_path), "model": "nowhere", "data": {"scenes": 1}}
     with pytest.raises(ValueError, match=message):
         make_trainer("brpo", RunConfig.from_dict({**plain, **changes}), [length_reward])
+
+
+def test_a_number_without_a_point_is_a_number_and_sft_has_no_rewards(tmp_path):
+    path = tmp_path / "run.yaml"
+    plain = "output: x\nmodel: y\ndata: {scenes: 1}\n"
+    path.write_text(plain + "trainer: {learning_rate: 1e-5, beta: -2E3}\n")
+    assert RunConfig.load(path).trainer == {"learning_rate": 1e-5, "beta": -2000.0}
+    path.write_text(plain + "rewards: {preset: paper}\n")
+    with pytest.raises(ValueError, match="rewards: only BRPO has them"):
+        make_trainer("sft", RunConfig.load(path))
+
+
+def test_data_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("{broken\n")
+    with pytest.raises(ValueError, match="data: .*data.jsonl cannot be read: ") as told:
+        read_data("brpo", {"path": str(path)})
+    assert "\n" not in str(told.value)
+    with pytest.raises(ValueError, match="data: .*nowhere cannot be read: "):
+        read_data("brpo", {"path": str(tmp_path / "nowhere")})
+    Scene.random(1).render(1).save(tmp_path / "one.png")
+    row = {"question": "?", "image": str(tmp_path / "one.png")}
+    rows = [row | {"answer": "2"}, row | {"answer": None}]
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    with pytest.raises(ValueError, match="data: row 1 has no answer"):
+        read_data("brpo", {"path": str(path)})
 
 
 def test_data_from_a_file(tmp_path):

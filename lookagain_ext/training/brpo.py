@@ -197,8 +197,16 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
             self._logged_step = self.state.global_step
         return self._timed("training", super().training_step, *args, **keywords)
 
+    def train(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as GRPOTrainer's
+        """GRPOTrainer's; its steps are timed from the first one on."""
+        self._seconds.clear()
+        self._logged_step = None
+        return super().train(*args, **keywords)
+
     def _timed(self, part: str, work: Any, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
-        """Do it, and count its seconds without those of the parts within it."""
+        """Do it, and in training count its seconds without those of the parts within it."""
+        if not self.model.training:
+            return work(*args, **keywords)
         within, begun = self._seconds.total(), time.perf_counter()
         result = work(*args, **keywords)
         within = self._seconds.total() - within
@@ -207,7 +215,8 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:  # noqa: ANN401
         """GRPOTrainer's; also says where the time of a step went."""
-        steps = self.state.global_step - (self._logged_step or 0)
+        first = self.state.global_step if self._logged_step is None else self._logged_step
+        steps = self.state.global_step - first
         if self.model.training and steps > 0:
             for part, seconds in self._seconds.items():
                 self._metrics["train"][f"seconds/{part}"] = [seconds / steps]

@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from .checkpoint import METRICS, read_metrics, rewind_metrics, write_atomically
+from .checks import check_data, check_run
 from .curves import plot_runs
 from .run_config import KINDS, RunConfig
 from .trainable import tag_ids
@@ -133,8 +134,12 @@ def make_trainer(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if config.writer is not None:
         raise ValueError("writer: only a cold start has one (lookagain train coldstart)")
+    if kind == "sft" and config.rewards:
+        raise ValueError("rewards: only BRPO has them (lookagain train brpo)")
     from ..models.loading import load
 
+    check_run(kind, config.trainer, config.lora)
+    check_data(config.data)
     weights = dict(config.rewards).pop("weights", None)
     settings = {"reward_weights": weights} if kind == "brpo" and weights else {}
     try:
