@@ -185,10 +185,14 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
         return sampler
 
     def _generate(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as GRPOTrainer's
+        if not self.model.training:  # an evaluation's, no part of a step
+            return super()._generate(*args, **keywords)
         return self._timed("rollout", super()._generate, *args, **keywords)
 
     def _generate_and_score_completions(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
         made = super()._generate_and_score_completions
+        if not self.model.training:
+            return made(*args, **keywords)
         return self._timed("scoring", made, *args, **keywords)
 
     def training_step(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
@@ -204,9 +208,7 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
         return super().train(*args, **keywords)
 
     def _timed(self, part: str, work: Any, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
-        """Do it, and in training count its seconds without those of the parts within it."""
-        if not self.model.training:
-            return work(*args, **keywords)
+        """Do it, and count its seconds without those of the parts within it."""
         within, begun = self._seconds.total(), time.perf_counter()
         result = work(*args, **keywords)
         within = self._seconds.total() - within

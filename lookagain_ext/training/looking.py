@@ -71,7 +71,8 @@ class LookingTrainer:
     the model looks again. With "off" nothing is opened but for
     the moment in which `visual_attention` is measured.
 
-    TRL's metric `num_tokens` gets two beside it: `tokens_per_second`, and `visual_attention`, the
+    TRL's metric `num_tokens` gets two beside it: `tokens_per_second`, without the time of
+    evaluations, and `visual_attention`, the
     share of the answers' attention that is on the picture, re-injected tokens included. It is that
     of one batch with a picture in each step that is logged (by `logging_steps`), counted in the
     step's own backward, and changes nothing about the step. The mean is over heads and over the
@@ -94,6 +95,7 @@ class LookingTrainer:
     look_again_config: LookAgainConfig
     look_again_sessions: tuple[LookAgainSession, ...] = ()
     _pace: tuple[float, float] | None = None
+    _paused = 0.0
     _measured = 0
     _measurable = True
     _measuring: LookAgainSession | None = None
@@ -126,6 +128,7 @@ class LookingTrainer:
     def train(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as the Trainer's
         """Train within `looking`; arguments and result are the Trainer's."""
         self._measured, self._measuring = 0, None  # an earlier run's may have been cut off
+        self._pace, self._paused = None, 0.0
         with self.looking():
             return super().train(*args, **keywords)
 
@@ -143,12 +146,12 @@ class LookingTrainer:
     def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:  # noqa: ANN401
         """The Trainer's; also the tokens a second since the log before, and what was measured."""
         metrics = self._metrics["train"]
-        if metrics.get("num_tokens"):
+        if self.model.training and metrics.get("num_tokens"):
             tokens, now = metrics["num_tokens"][-1], time.perf_counter()
             if self._pace is not None and tokens > self._pace[0]:
-                speed = (tokens - self._pace[0]) / (now - self._pace[1])
+                speed = (tokens - self._pace[0]) / (now - self._pace[1] - self._paused)
                 metrics["tokens_per_second"] = [speed]
-            self._pace = (tokens, now)
+            self._pace, self._paused = (tokens, now), 0.0
         session, self._measuring = self._measuring, None
         trace = None if session is None else session.trace  # None: its forward failed
         share = None if trace is None else trace.answer_share
@@ -225,14 +228,23 @@ class LookingTrainer:
             model(**given, use_cache=False, fused_lm_head=True)  # as TRL calls it
             return session.trace.answer_share
 
+    @contextmanager
+    def _beside_training(self) -> Iterator[None]:
+        """What is done within this context does not count in `tokens_per_second`."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - begun
+
     def evaluate(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as the Trainer's
         """Evaluate within `looking`; arguments and result are the Trainer's."""
-        with self.looking():
+        with self.looking(), self._beside_training():
             return super().evaluate(*args, **keywords)
 
     def predict(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as the Trainer's
         """Predict within `looking`; arguments and result are the Trainer's."""
-        with self.looking():
+        with self.looking(), self._beside_training():
             return super().predict(*args, **keywords)
 
     def save_model(
