@@ -116,8 +116,9 @@ def test_kill_and_resume_gives_the_same_weights(kind, tmp_path):
         "    if len(done) == 4: time.sleep(600)\n"
         "    return step(*a, **k)\n"
         "Trainer.training_step = slow\n"
-        "reward = lambda completion_ids, **_: [float(sum(i) % 97) for i in completion_ids]\n"
-        "run(sys.argv[1], sys.argv[2], rewards=[reward])\n"
+        "def length_reward(completion_ids, **_):\n"
+        "    return [float(sum(i) % 97) for i in completion_ids]\n"
+        "run(sys.argv[1], sys.argv[2], rewards=[length_reward])\n"
     )
     command = [sys.executable, "-c", script, kind, str(path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -135,6 +136,9 @@ def test_kill_and_resume_gives_the_same_weights(kind, tmp_path):
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-6, msg=name)
     metrics = [read_metrics(one.parent / METRICS) for one in (resumed, straight)]
     assert [line["step"] for line in metrics[0]] == [1, 2, 3, 4]
+    if kind == "brpo":
+        samples = [(one.parent / "samples.txt").read_text() for one in (resumed, straight)]
+        assert samples[0] == samples[1] and samples[0].count("--- step") == 4
     for one, other in zip(*metrics, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
 

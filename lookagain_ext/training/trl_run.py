@@ -7,6 +7,7 @@ whole checkpoint.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ except ModuleNotFoundError as error:
 __all__ = ["last_checkpoint", "make_trainer", "read_data", "run"]
 
 SAMPLES = "samples.txt"
+_SAMPLE = re.compile(r"^--- step (\d+), \{", re.MULTILINE)
 _SHOWN = {
     "loss": "loss",
     "reward": "reward",
@@ -94,6 +96,7 @@ def run(
     if first:
         step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
         rewind_metrics(folder / METRICS, step)
+        _rewind_samples(folder / SAMPLES, step)
         if checkpoint:
             console.print(f"going on from step {step}", markup=False)
         else:
@@ -242,6 +245,15 @@ class _Report(TrainerCallback):
         prompt, answer = (_text(logs[name][-1]) for name in ("prompt", "completion"))
         with open(self._folder / SAMPLES, "a", encoding="utf-8") as file:
             file.write(f"--- step {step}, {earned}\n{prompt}\n>>> {answer}\n\n")
+
+
+def _rewind_samples(path: Path, step: int) -> None:
+    """Drop what was sampled after ``step``: it will be sampled again."""
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    later = (one.start() for one in _SAMPLE.finditer(text) if int(one[1]) > step)
+    write_atomically(path, text[: next(later, len(text))])
 
 
 def _text(messages: Any) -> str:  # noqa: ANN401 - a string or a list of messages
