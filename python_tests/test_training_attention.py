@@ -177,6 +177,21 @@ def test_what_cannot_be_measured_is_left_out_with_a_warning(tmp_path, monkeypatc
     assert not any("visual_attention" in line for line in trainer.state.log_history)
 
 
+@pytest.mark.parametrize("way", ["copy", "off"])
+def test_rows_without_a_picture_do_not_count(way, tmp_path):
+    shares = []
+    for rows in ([0], [0, 1]):
+        trainer = sft.make_trainer(tmp_path / str(len(rows)), way, max_steps=1)
+        data = [dict(trainer.train_dataset[row]) for row in rows]
+        for row in data[1:]:
+            row["images"] = []
+        batch = trainer.data_collator(data)
+        trainer.data_collator = lambda _, batch=batch: dict(batch)
+        trainer.train()
+        shares += logged(trainer)
+    assert shares[1] == pytest.approx(shares[0], rel=1e-4)
+
+
 def test_re_encoding_has_the_metric_of_virtual(tmp_path):
     way = {"strategy": "copy", "backend": "reencode"}
     trainer = sft.make_trainer(tmp_path, way, max_steps=1)

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import time
+import warnings
 
 import pytest
 import torch
@@ -305,3 +306,19 @@ def test_seconds_and_tokens_are_of_training_alone_in_every_run(tmp_path):
         evaluated = [line for line in trainer.state.log_history if "eval_reward" in line]
         assert not any("seconds/" in name for line in evaluated for name in line)
     assert len(begun) >= 4
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_reference_that_is_not_the_model_is_told(changed, tmp_path):
+    """TRL loads it from where the model came from."""
+    model, processor = saved_model(tmp_path / "model")
+    if changed:
+        with torch.no_grad():
+            model.model.language_model.layers[1].mlp.up_proj.weight[3] += 0.5
+    args = BRPOConfig(str(tmp_path / "out"), bf16=False, use_cpu=True, report_to=[])
+    keywords = {"train_dataset": questions(2), "processing_class": processor}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        BRPOTrainer(model, [length_reward], args, **keywords)
+    found = [str(one.message) for one in told if "the reference model is" in str(one.message)]
+    assert len(found) == changed and all("layers.1.mlp.up_proj.weight" in one for one in found)

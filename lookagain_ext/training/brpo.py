@@ -7,14 +7,17 @@ handed over as reward functions, and its settings, which are the defaults of `BR
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import Generator, nn
+import torch
+from torch import Generator, Tensor, nn
 
 from ..config import LookAgainConfig
+from ..models import unwrap
 from ..template import REFLECTION, REFLECTION_END
 from .looking import LookingTrainer, check_adapter, read_look_again
 from .trainable import TrainableParts
@@ -106,8 +109,9 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
     - With `look_again` "copy" or "route", answers are sampled under `look_again`, and the
       log-probabilities of the policy, of the old policy and of the reference model are computed
       under it as well, so that they are those of the answers as they were sampled. The reference
-      is the reloaded model, or with PEFT the model without its adapter, as in TRL. Only a
-      `<REFLECTION>` in the answer triggers.
+      is the reloaded model, or with PEFT the model without its adapter, as in TRL; a warning says
+      so where the model was changed after it was loaded. Only a `<REFLECTION>` in the answer
+      triggers.
     - ROUTE's choice of tokens is not carried from the rollout to the loss but computed again,
       deterministically, from the same attention: each model, the reference too, looks where its
       own attention was. Under the same parameters the choice is the rollout's, except where the
@@ -167,6 +171,25 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
         self._logged_step: int | None = None
         super().__init__(model, reward_funcs, args=args, **keywords)
         self._choose_trainable(args.train_vision, args.train_tags_only)
+        if not isinstance(model, str):
+            self._compare_reference()
+
+    def _compare_reference(self) -> None:
+        """Warn if the reference, which TRL loads anew, is not the model that was handed over."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self.ref_model is None or sharded:
+            return
+        theirs = dict(unwrap(self.ref_model).named_parameters())
+        for name, ours in unwrap(self.model).named_parameters():
+            if name not in theirs or not _equal(ours, theirs[name]):
+                warnings.warn(
+                    f"the reference model is {self.model.config._name_or_path!r} as it is saved, "
+                    f"and {name} of the model is another: the KL penalty (beta={self.beta}) draws "
+                    "it back from the first step on; save the model and load it from there, or "
+                    "set beta=0",
+                    stacklevel=3,
+                )
+                return
 
     def _models_that_look(self) -> list[nn.Module]:
         reference = [] if self.ref_model is None else [self.ref_model]
@@ -244,6 +267,13 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
             if lengths:
                 self._log_metric("reflections/length", sum(lengths) / len(lengths))
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+
+@torch.no_grad()
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two parameters are the same to the lower precision of the two."""
+    dtype = min(ours.dtype, theirs.dtype, key=lambda one: one.itemsize)
+    return ours.shape == theirs.shape and torch.equal(ours.to(dtype), theirs.to(ours.device, dtype))
 
 
 def _seed_epoch(generator: Generator, seed: int, epoch: int) -> None:

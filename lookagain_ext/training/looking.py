@@ -19,6 +19,7 @@ from ..config import LookAgainConfig
 from ..generation import LookAgainSession, look_again
 from ..models import family_of
 from ..models.loading import ADAPTER_CONFIG
+from ..trace import Trace
 from .checkpoint import write_atomically
 
 __all__ = ["LookingTrainer", "check_adapter", "read_look_again"]
@@ -74,11 +75,11 @@ class LookingTrainer:
     TRL's metric `num_tokens` gets two beside it: `tokens_per_second`, without the time of
     evaluations, and `visual_attention`, the
     share of the answers' attention that is on the picture, re-injected tokens included. It is that
-    of one batch with a picture in each step that is logged (by `logging_steps`), counted in the
-    step's own backward, and changes nothing about the step. The mean is over heads and over the
-    layers that the backward runs through: not those below everything that trains. With "off",
-    backend "reencode" or `torch_compile`, where other attention trains, it takes a forward of its
-    own, in evaluation mode and without gradients, which leaves the random numbers of the step as
+    of one batch with a picture in each step that is logged (by `logging_steps`), of its rows with a
+    picture, counted in the step's own backward, and changes nothing about the step. The mean is
+    over heads and over the layers that the backward runs through: not those below everything that
+    trains. With "off", backend "reencode" or `torch_compile`, where other attention trains, it
+    takes a forward of its own, in evaluation mode and without gradients, which leaves the random numbers of the step as
     they were; the mean is over all layers then, and of "reencode" it is the share that "virtual"
     would have. Where that forward fails the metric is left out, with a warning.
 
@@ -153,8 +154,7 @@ class LookingTrainer:
                 metrics["tokens_per_second"] = [speed]
             self._pace, self._paused = (tokens, now), 0.0
         session, self._measuring = self._measuring, None
-        trace = None if session is None else session.trace  # None: its forward failed
-        share = None if trace is None else trace.answer_share
+        share = None if session is None else _share(session.trace)
         if share is not None:
             metrics["visual_attention"] = [share]
         super().log(logs, *args, **keywords)
@@ -226,7 +226,7 @@ class LookingTrainer:
             self.accelerator.autocast(),
         ):
             model(**given, use_cache=False, fused_lm_head=True)  # as TRL calls it
-            return session.trace.answer_share
+            return _share(session.trace)
 
     @contextmanager
     def _beside_training(self) -> Iterator[None]:
@@ -287,6 +287,15 @@ class LookingTrainer:
         """Whether a checkpoint of it is what its class's `from_pretrained` reads."""
         whole = isinstance(model, PreTrainedModel) and not self.is_fsdp_enabled
         return whole and not getattr(model, "is_quantized", False)
+
+
+def _share(trace: Trace | None) -> float | None:
+    """`Trace.answer_share` of the rows with a picture; None if nothing was measured."""
+    if trace is None or trace.answer_attention is None:  # its forward or its backward failed
+        return None
+    rows = torch.tensor([bool(grids) for grids in trace.grids])
+    tokens = int(trace.answer_tokens[rows].sum())
+    return float(trace.answer_attention[rows].sum() / tokens) if tokens else None
 
 
 @contextmanager
