@@ -110,11 +110,49 @@ def test_what_each_step_needs(tmp_path) -> None:
         ({"jobs": 0}, "jobs must be a number from 1 on, got 0"),
         ({"jobs": True}, "jobs must be a number from 1 on, got True"),
         ({"cold": 1}, "a recipe has no entry cold"),
+        ({"evaluate": {"questions": 6, "ratios": [2]}}, "evaluate: ratios must be a list of"),
+        ({"evaluate": {"questions": 6, "qestions": 1}}, "evaluate has no entry qestions; did you"),
+        ({"distill": {"questions": "scenes:4", "batch": 4}}, "distill has no entry batch; did you"),
+        ({"route_ratio": 50}, "route_ratio must be a number from 0 to 1, got 50"),
+        ({"base": {"init": "lookagain-tiny", "stages": []}}, "base: stages must name at least one"),
+        (
+            {"coldstart": {"data": {"scenes": "x"}}},
+            "coldstart: data: scenes must be",
+        ),
+        ({"brpo": {"trainer": 1}}, "brpo: trainer must hold names and values, got 1"),
+        (
+            {"brpo": {"data": {"scenes": 4}, "rewards": {"foo": 1}}},
+            "rewards has no entry foo",
+        ),
+        ({"sft": {"rewards": {"preset": "paper"}}}, "sft: rewards: only BRPO has them"),
     ],
 )
 def test_wrong_recipes_are_named(changes, message, tmp_path) -> None:
     with pytest.raises(ValueError, match=message):
         small(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"brpo": {"data": {"scenes": 4}, "trainer": {"foo": 1}}},
+            "brpo: trainer has no entry",
+        ),
+        ({"sft": {"trainer": {"learning_rate": "5e-4"}}}, "sft: trainer: learning_rate must be a"),
+        ({"sft": {"trainer": {"seed": 0}, "lora": {"rank": 1}}}, "sft: lora has no entry rank"),
+    ],
+)
+def test_what_a_trainer_would_refuse_is_refused_at_once(changes, message, tmp_path) -> None:
+    pytest.importorskip("trl", reason="needs the extra 'train'")
+    with pytest.raises(ValueError, match=message):
+        small(tmp_path, **changes)
+
+
+def test_a_file_that_is_not_there_is_named_before_anything_runs(tmp_path) -> None:
+    wrong = small(tmp_path, brpo={"data": {"path": "no.jsonl"}, "trainer": {"seed": 0}})
+    with pytest.raises(ValueError, match="brpo: data: there is no file no.jsonl"):
+        run_recipe(wrong)
 
 
 def test_the_command_names_what_is_wrong(tmp_path) -> None:

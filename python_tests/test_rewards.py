@@ -5,7 +5,7 @@ import sys
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lookagain_ext.synthetic.tokenizer import build_tokenizer
@@ -84,7 +84,11 @@ def test_rewards_of_an_answer(tokenizer, text, form, right, balance) -> None:
         ([19], 0.19, 0),
         ([20], 0.2, 0.2),
         ([100, 0], 0.5, 1),  # a short one is not counted, and so does no harm
-        ([150, 50], 1, 1),
+        ([150, 50], 1, 0.5),
+        ([660] + [20] * 7, 1, 0.175),  # short ones do not make up for a long one
+        ([180, 20], 1, 0.2),
+        ([500] + [20] * 5, 1, 1 / 6),
+        ([800], -6, 0),
     ],
 )
 def test_the_hole_in_the_paper_is_closed(tokenizer, lengths, paper, hardened) -> None:
@@ -100,6 +104,8 @@ def test_hardened_is_bounded_and_empty_blocks_buy_nothing(lengths, target) -> No
     found = hardened_balance(lengths, target)
     assert 0 <= found <= 1
     assert hardened_balance([*lengths, 0], target) <= found
+    alone = [hardened_balance([one], target) for one in lengths]
+    assert found <= max(alone, default=0) + 1e-12
     assert paper_balance(lengths, target) <= 1
 
 
@@ -200,6 +206,110 @@ NUMBERS = [
 ]
 
 
+NOT_17 = (
+    "≠ 17 / \\neq 17 / \\not 17 / < 17 / \\geq 17 / not x = 17 / x ≠ 17 / ±17 / ~17 / ≈17 / "
+    "no 17 / about 17 / 17... / 17 or / 17 \\approx 18 / 17 = 5 / 5=17 / x = 17 = y / =17 / 17= / "
+    "5 – 17 / 17–5 / 17—5 / 17…5 / 17 to 5 / 17 \\ldots 5 / 5..17 / 17 • 5 / 17?5 / 17#5 / 17|5 / "
+    "17_5 / 17→5→23 / 17;5 / 17, 5 / 17\\quad 5 / 17\\;5 / 17\\%5 / 17)(5 / (17, 5) / "
+    "\\{17, 5\\} / $17$ or $5$ / \\boxed{17} or \\boxed{5} / 17 thousand / 17! / 17m"
+).split(" / ")
+NOT_THAT_NUMBER = [
+    *(("17", said) for said in NOT_17),
+    ("2", "1 \\cup 2"),
+    ("22", "(17)(5)"),
+    ("5", "5 – 17"),
+    ("12 cm", "12 km"),
+    ("12 cm", "12 cm^2"),
+    ("12 s", "12 m"),
+    ("$12", "€12"),
+    ("30°", "30 rad"),
+    ("50%", "50"),
+    ("50", "50%"),
+    ("2024-05-01", "2018"),
+    ("2018", "2024-05-01"),
+    ("10:30", "1/3"),
+    ("1:3", "1/3"),
+    ("85.5", "17½"),  # NFKC makes 171/2 of it
+    ("175", "17⁵"),
+    ("175", "17₅"),
+    ("x = 4", "y = 4"),
+    ("x = 1, y = 2", "2, 1"),
+    ("(1, 2)", "(2, 1)"),
+    ("(1, 2)", "(1, 2]"),
+    ("(1,200)", "1,200"),
+    ("x ≥ 3", "x > 3"),
+    ("x > 3", "x < 3"),
+    ("3x+2y=6", "3x+2y=7"),
+    ("1.5", "1.5.2"),
+]
+
+
+@pytest.mark.parametrize(("wanted", "said"), NOT_THAT_NUMBER)
+def test_what_only_has_the_number_in_it_is_wrong(wanted, said) -> None:
+    pytest.importorskip("math_verify", reason="math-verify comes with the extra train")
+    assert not is_right(said, wanted)
+
+
+WRITTEN_OTHERWISE = [
+    ("12", ["12 cm", "12~\\mathrm{cm}", "12\\,\\text{ cm}^2", "x = 12", "AB = 12", "area = 12 m²"]),
+    ("12", ["3 \\cdot 4 = 12", "\\angle ABC = 12^\\circ", "m∠A = 12°", "\\theta_1 = 12", "(12)"]),
+    ("12 cm^2", ["12 cm²", "12 square centimeters", "12"]),
+    ("12 m/s", ["12 meters per second"]),
+    ("50%", ["50\\%", "50 percent", "1/2", "0.5"]),
+    ("$12", ["\\$12", "12 dollars"]),
+    ("5/2", ["2½", "2 1/2", "2\\frac{1}{2}", "\\frac52", "2.5", "x = 5/2 = 2.5"]),
+    ("0.001", ["10⁻³", "10^{-3}", "\\frac{1}{1000}"]),
+    ("32", ["2⁵", "|-32|", "2^{5}"]),
+    ("\\frac{\\pi}{2}", ["π/2", "0.5 pi"]),
+    ("1/2", ["\\sin^2(\\pi/4)", "\\cos \\frac{\\pi}{3}"]),
+    ("x^2-x-2", ["(x+1)(x-2)", "x² - x - 2"]),
+    ("y=2x+1", ["y = 1+2x", "2x+1"]),
+    ("3x+2y=6", ["2y+3x=6", "6=3x+2y", "y=3-1.5x"]),
+    ("x≥3", ["x \\geq 3", "3 \\le x", "x \\geqslant \\frac{6}{2}"]),
+    ("1<x<3", ["3>x>1"]),
+    ("(1/2, 3]", ["(0.5,3]", "\\left(\\frac12, 3\\right]"]),
+    ("\\{1,2\\}", ["{2, 1}", "1, 2"]),
+    ("x=1, y=2", ["y = 2, x = 1", "1, 2"]),
+    ("±3", ["\\pm 3"]),
+    ("(-∞, 3)\\cup(4,5)", ["(-\\infty,3)∪(4,5)"]),
+    ("2024-05-01", ["2024-05-01."]),
+    ("2:3", ["2 : 3"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"), [(one, said) for one, many in WRITTEN_OTHERWISE for said in many]
+)
+def test_the_same_written_otherwise_is_right(wanted, said) -> None:
+    pytest.importorskip("math_verify", reason="math-verify comes with the extra train")
+    assert is_right(said, wanted)
+
+
+@given(
+    st.integers(-99, 99),
+    st.text(
+        st.sampled_from("?#&•–—…→~≈≠<>≤@\"'`:;,|_$ \\[]{}ab\t、，或∪or"), min_size=1, max_size=4
+    ),
+    st.integers(0, 99),
+    st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_nothing_between_two_numbers_makes_it_one_of_them(one, between, other, first) -> None:
+    """Nor do signs that mean nothing before or behind a number of another value."""
+    pytest.importorskip("math_verify", reason="math-verify comes with the extra train")
+    assume(one != other)
+    assume(not (between.strip(", ") == "" and "," in between))  # thousands
+    assert not is_right(f"{one}{between}{other}", str(one if first else other))
+
+
+@pytest.mark.parametrize(("said", "answer"), [("none", None), ("None", None), ("nan", math.nan)])
+def test_no_answer_is_never_right(said, answer, tokenizer) -> None:
+    assert not is_right(said, answer)
+    _, right, _ = brpo_rewards(tokenizer)
+    with pytest.raises(ValueError, match=r"answer 1 of 2 is missing \((None|nan)\)"):
+        right(completions=["", ""], completion_ids=[[], []], answer=["3", answer])
+
+
 @pytest.mark.parametrize(("said", "wanted", "right"), NUMBERS)
 def test_numbers_and_expressions(said, wanted, right) -> None:
     pytest.importorskip("math_verify", reason="math-verify comes with the extra train")
@@ -215,7 +325,10 @@ def test_math_outside_the_main_thread() -> None:
     assert found == [True]
 
 
-@pytest.mark.parametrize("said", ["9^{9^{9^9}}", "9^9^9", "99999999!", "2^{999999999}"])
+@pytest.mark.parametrize(
+    "said",
+    ["9^{9^{9^9}}", "9^9^9", "99999999!", "2^{999999999}", "((9^{99})^{99})^{99}", "9^{-99999}"],
+)
 def test_endless_expressions_are_not_evaluated(said, monkeypatch) -> None:
     math_verify = pytest.importorskip("math_verify", reason="math-verify is in the extra train")
     monkeypatch.delattr(math_verify, "parse")

@@ -280,3 +280,39 @@ def test_load_names_what_is_missing(tmp_path: Path) -> None:
         load_tiny(tmp_path)
     with pytest.raises(ValueError, match=r"holds no preprocessor_config\.json"):
         SceneProcessor.from_pretrained(tmp_path)
+
+
+def test_the_assistants_tokens_are_told_from_pictures() -> None:
+    """As `assistant_only_loss` asks for them; pictures before and between the answers."""
+    _, processor = build_tiny(0)
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
+        "{% endgeneration %}{% else %}{% for part in m['content'] %}"
+        "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+        "{% else %}{{ part['text'] }}{% endif %}"
+        "{% endfor %}<|im_end|>{% endif %}\n{% endfor %}"
+    )
+    picture = Scene.random(1).render(1)
+    ask = [{"type": "image", "image": picture}, {"type": "text", "text": "How many?"}]
+    answers = ["<REFLECTION>two</REFLECTION> 2", "three red squares"]
+    for pictures in (1, 2):
+        later = [*ask[:1] * (pictures - 1), {"type": "text", "text": "And there?"}]
+        chat = [
+            {"role": "user", "content": ask},
+            {"role": "assistant", "content": answers[0]},
+            {"role": "user", "content": later},
+            {"role": "assistant", "content": answers[1]},
+        ]
+        found = processor.apply_chat_template(
+            [chat],
+            chat_template=template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        ids, mask = found["input_ids"][0], found["assistant_masks"][0]
+        assert ids.count(processor.image_token_id) == pictures * processor.visual_tokens
+        kept = [token for token, one in zip(ids, mask, strict=True) if one]
+        wanted = "".join(f"{answer}<|im_end|>" for answer in answers)
+        assert kept == processor.tokenizer.encode(wanted)

@@ -143,6 +143,55 @@ def test_the_step_is_the_same_step(way, tmp_path):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("way", ["off", {"strategy": "copy", "backend": "reencode"}], ids=str)
+def test_a_forward_of_its_own_draws_no_random_numbers(way, tmp_path):
+    """With dropout in the adapter the steps are those without the metric."""
+    weights, modes = [], []
+    for wanted in (False, True):
+        lora = LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj"])
+        settings = {"log_visual_attention": wanted, "train_tags_only": False, "lora": lora}
+        trainer = sft.make_trainer(tmp_path / str(wanted), way, **settings)
+        trainer.train()
+        modes.append([module.training for module in trainer.model.modules()])
+        weights.append([p.detach() for p in trainer.model.parameters() if p.requires_grad])
+    assert len(logged(trainer)) == 4 and modes[0] == modes[1]
+    for one, other in zip(*weights, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_model_with_attention_dropout_is_measured_without_it(tmp_path):
+    trainer = sft.make_trainer(tmp_path, "off", max_steps=1)
+    for layer in trainer.model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    trainer.train()
+    assert 0 < logged(trainer)[0] < 1
+
+
+def test_what_cannot_be_measured_is_left_out_with_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr("lookagain_ext.training.looking.look_again", _fail)
+    trainer = sft.make_trainer(tmp_path, "off", max_steps=2)
+    with pytest.warns(UserWarning, match="visual_attention is left out.*cut off") as told:
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert sum("visual_attention" in str(one.message) for one in told) == 1
+    assert not any("visual_attention" in line for line in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("way", ["copy", "off"])
+def test_rows_without_a_picture_do_not_count(way, tmp_path):
+    shares = []
+    for rows in ([0], [0, 1]):
+        trainer = sft.make_trainer(tmp_path / str(len(rows)), way, max_steps=1)
+        data = [dict(trainer.train_dataset[row]) for row in rows]
+        for row in data[1:]:
+            row["images"] = []
+        batch = trainer.data_collator(data)
+        trainer.data_collator = lambda _, batch=batch: dict(batch)
+        trainer.train()
+        shares += logged(trainer)
+    assert shares[1] == pytest.approx(shares[0], rel=1e-4)
+
+
 def test_re_encoding_has_the_metric_of_virtual(tmp_path):
     way = {"strategy": "copy", "backend": "reencode"}
     trainer = sft.make_trainer(tmp_path, way, max_steps=1)

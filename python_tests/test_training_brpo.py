@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import math
+import time
+import warnings
 
 import pytest
 import torch
@@ -274,3 +276,49 @@ def test_checkpoint_says_how_the_model_looks_and_resumes(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
     for one, other in zip(straight, again.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_seconds_and_tokens_are_of_training_alone_in_every_run(tmp_path):
+    """Evaluations between the steps are a hundred times as long as the steps, and count nowhere."""
+    settings = {"max_steps": 2, "eval_steps": 1, "beta": 0.0}
+    trainer, _ = make_trainer(tmp_path, "copy", per_device_eval_batch_size=8, **settings)
+    trainer.eval_dataset, trainer.args.eval_strategy = trainer.train_dataset, "steps"
+    plain, begun = trainer._calculate_rewards, []
+
+    def slow(*args):
+        if not trainer.model.training:
+            begun.append(1)
+            time.sleep(3)
+        return plain(*args)
+
+    trainer._calculate_rewards = slow
+    for _ in range(2):
+        trainer.train()
+        lines = [line for line in trainer.state.log_history if "loss" in line]
+        assert len(lines) == 2
+        for line in lines:
+            parts = [line[f"seconds/{part}"] for part in ("rollout", "scoring", "training")]
+            assert 0 < min(parts) and sum(parts) < 3
+            assert sum(parts) == pytest.approx(line["step_time"], rel=0.1)
+        between = lines[1]["num_tokens"] - lines[0]["num_tokens"]
+        assert "tokens_per_second" not in lines[0]
+        assert lines[1]["tokens_per_second"] == pytest.approx(between / sum(parts), rel=0.4)
+        evaluated = [line for line in trainer.state.log_history if "eval_reward" in line]
+        assert not any("seconds/" in name for line in evaluated for name in line)
+    assert len(begun) >= 4
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_reference_that_is_not_the_model_is_told(changed, tmp_path):
+    """TRL loads it from where the model came from."""
+    model, processor = saved_model(tmp_path / "model")
+    if changed:
+        with torch.no_grad():
+            model.model.language_model.layers[1].mlp.up_proj.weight[3] += 0.5
+    args = BRPOConfig(str(tmp_path / "out"), bf16=False, use_cpu=True, report_to=[])
+    keywords = {"train_dataset": questions(2), "processing_class": processor}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        BRPOTrainer(model, [length_reward], args, **keywords)
+    found = [str(one.message) for one in told if "the reference model is" in str(one.message)]
+    assert len(found) == changed and all("layers.1.mlp.up_proj.weight" in one for one in found)

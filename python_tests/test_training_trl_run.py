@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,8 +116,9 @@ def test_kill_and_resume_gives_the_same_weights(kind, tmp_path):
         "    if len(done) == 4: time.sleep(600)\n"
         "    return step(*a, **k)\n"
         "Trainer.training_step = slow\n"
-        "reward = lambda completion_ids, **_: [float(sum(i) % 97) for i in completion_ids]\n"
-        "run(sys.argv[1], sys.argv[2], rewards=[reward])\n"
+        "def length_reward(completion_ids, **_):\n"
+        "    return [float(sum(i) % 97) for i in completion_ids]\n"
+        "run(sys.argv[1], sys.argv[2], rewards=[length_reward])\n"
     )
     command = [sys.executable, "-c", script, kind, str(path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -134,8 +136,30 @@ def test_kill_and_resume_gives_the_same_weights(kind, tmp_path):
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-6, msg=name)
     metrics = [read_metrics(one.parent / METRICS) for one in (resumed, straight)]
     assert [line["step"] for line in metrics[0]] == [1, 2, 3, 4]
+    if kind == "brpo":
+        samples = [(one.parent / "samples.txt").read_text() for one in (resumed, straight)]
+        assert samples[0] == samples[1] and samples[0].count("--- step") == 4
     for one, other in zip(*metrics, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["brpo", "sft"])
+@pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": ["q_proj"]}])
+def test_a_finished_run_trains_nothing_more(kind, lora, tmp_path):
+    """Also one whose model is not written yet, in the middle of an epoch."""
+    changes = {"lora": lora, "data": {"scenes": 30, "seed": 3}}
+    plan = config(tmp_path, kind, **changes)
+    plan.trainer["lr_scheduler_type"] = "constant"
+    done = run(kind, plan, rewards=[length_reward], console=quiet())
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    weights = (done / name).read_bytes()
+    lines = (tmp_path / "run" / METRICS).read_text()
+    shutil.rmtree(done)
+    for _ in range(2):
+        assert run(kind, plan, rewards=[length_reward], console=quiet()) == done
+        assert (done / name).read_bytes() == weights
+        assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
+        assert (tmp_path / "run" / METRICS).read_text() == lines
 
 
 @pytest.mark.parametrize("way", ["copy", "route"])
@@ -248,6 +272,26 @@ def test_an_adapter_that_trains_the_tags(tmp_path):
     assert torch.equal(old.k_proj.weight, new.k_proj.weight)
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": ["q_proj"]}])
+@pytest.mark.parametrize("way", ["off", {"strategy": "route", "route_ratio": 0.3}], ids=str)
+def test_what_is_saved_says_how_it_was_trained(lora, way, tmp_path):
+    """And not what the base said."""
+    trainer = {**TRAINER, "max_steps": 2, "look_again": way, "gradient_accumulation_steps": 1}
+    trainer["train_tags_only"] = lora is None
+    plan = config(tmp_path, "sft", lora=lora, trainer=trainer)
+    said = tmp_path / "base/config.json"
+    plain = {**json.loads(said.read_text()), "lookagain": {"strategy": "copy"}}
+    said.write_text(json.dumps(plain))
+    done = run("sft", plan, console=quiet())
+    wanted = {"strategy": "off"} if way == "off" else way
+    for folder in (done, tmp_path / "run/checkpoint-2"):
+        model, processor = load(folder)
+        with lookagain_ext.look_again(model, None, processor) as session:
+            found = session.config.to_dict()
+        assert found | wanted == found, folder
+    assert (done / "config.json").is_file() == (lora is None)  # an adapter's would be a model's
+
+
 def test_resume_refuses_another_configuration(tmp_path):
     short = {**config(tmp_path).trainer, "max_steps": 2}
     run("brpo", config(tmp_path, trainer=short), rewards=[length_reward], console=quiet())
@@ -265,19 +309,60 @@ def test_resume_refuses_another_configuration(tmp_path):
         ({"data": {"scenes": 1, "sedd": 1}}, "data has no entry sedd"),
         ({"trainer": {"output_dir": "x"}}, "named by output"),
         ({"modle": "x"}, "the configuration has no entry modle"),
-        ({"trainer": {"lerning_rate": 1}}, "trainer: .*lerning_rate"),
         ({"trainer": {"use_vllm": True, "look_again": "copy"}}, "use_vllm=True does not work"),
-        ({"lora": {"rank": 4}}, "lora: .*rank"),
+        ({"lora": {"rank": 4}}, "lora has no entry rank"),
+        ({"trainer": {"lerning_rate": 1}}, "did you mean learning_rate?"),
+        ({"trainer": {"learning_rate": "1e-5"}}, "trainer: learning_rate must be a number, got"),
+        ({"trainer": {"max_steps": "2"}}, "max_steps must be a whole number, .*without quotes"),
+        ({"trainer": {"max_steps": 2.5}}, "max_steps must be a whole number, got 2.5"),
+        ({"trainer": {"bf16": "no"}}, "bf16 must be true or false or null, got 'no'"),
+        ({"trainer": {"look_again": False}}, "trainer: look_again .*put off in quotes"),
+        ({"data": {"path": "missing.jsonl"}}, "data: there is no file missing.jsonl"),
+        ({"data": {"scenes": 0}}, "data: scenes must be a whole number from 1 on, got 0"),
+        ({"data": {"scenes": "x"}}, "data: scenes must be a whole number from 1 on, got 'x'"),
+        ({"data": {"path": 3}}, "data: path must be a text, got 3"),
+        ({"rewards": {"foo": 1}}, "rewards has no entry foo"),
+        ({"rewards": {"target_length": "x"}}, "rewards: target_length must be a number above 0"),
+        ({"rewards": {"weights": 1}}, "rewards: weights must be a list of numbers"),
+        ({"lora": True}, "lora must hold names and values, got True"),
+        ({"lora": {"r": "four"}}, "lora: r must be a whole number, got 'four'"),
+        ({"threads": "two"}, "threads must be a whole number from 0 on, got 'two'"),
+        ({"threads": -1}, "threads must be a whole number from 0 on, got -1"),
+        ({"output": 5}, "output must be a text, got 5"),
+        ({"output": None}, "output must be a text, got None"),
+        ({"dtype": 16}, "dtype must be a text"),
     ],
 )
 def test_wrong_configurations_are_named(changes, message, tmp_path):
-    if "lora" in changes:
-        saved_model(tmp_path / "base")
-    plain = {"output": str(tmp_path), "model": str(tmp_path / "base"), "data": {"scenes": 1}}
-    if "lora" in changes:
-        plain["trainer"] = {**TRAINER, "num_generations": 2}
+    plain = {"output": str(tmp_path), "model": "nowhere", "data": {"scenes": 1}}
     with pytest.raises(ValueError, match=message):
         make_trainer("brpo", RunConfig.from_dict({**plain, **changes}), [length_reward])
+
+
+def test_a_number_without_a_point_is_a_number_and_sft_has_no_rewards(tmp_path):
+    path = tmp_path / "run.yaml"
+    plain = "output: x\nmodel: y\ndata: {scenes: 1}\n"
+    path.write_text(plain + "trainer: {learning_rate: 1e-5, beta: -2E3}\n")
+    assert RunConfig.load(path).trainer == {"learning_rate": 1e-5, "beta": -2000.0}
+    path.write_text(plain + "rewards: {preset: paper}\n")
+    with pytest.raises(ValueError, match="rewards: only BRPO has them"):
+        make_trainer("sft", RunConfig.load(path))
+
+
+def test_data_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("{broken\n")
+    with pytest.raises(ValueError, match="data: .*data.jsonl cannot be read: ") as told:
+        read_data("brpo", {"path": str(path)})
+    assert "\n" not in str(told.value)
+    with pytest.raises(ValueError, match="data: .*nowhere cannot be read: "):
+        read_data("brpo", {"path": str(tmp_path / "nowhere")})
+    Scene.random(1).render(1).save(tmp_path / "one.png")
+    row = {"question": "?", "image": str(tmp_path / "one.png")}
+    rows = [row | {"answer": "2"}, row | {"answer": None}]
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    with pytest.raises(ValueError, match="data: row 1 has no answer"):
+        read_data("brpo", {"path": str(path)})
 
 
 def test_data_from_a_file(tmp_path):

@@ -152,6 +152,29 @@ def test_loss_is_on_the_answer_alone(way, tmp_path):
     assert (abs(plain - loss) > 1e-4) == (way != "off")
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_predictions_are_made_as_the_model_was_trained(way, tmp_path):
+    """Also with a reflection in the prompt, which does not trigger; and what metrics are given."""
+    given = []
+
+    def metrics(predicted):
+        given.append(predicted.predictions)
+        return {"seen": 1.0}
+
+    note = "Write <REFLECTION></REFLECTION> once. "
+    trainer = make_trainer(tmp_path, WAYS[way], note=note, per_device_eval_batch_size=1)
+    rows = trainer.train_dataset
+    found = trainer.predict(rows).predictions
+    batch = dict(trainer.data_collator([dict(rows[0])]))
+    trainer.model.eval()
+    with trainer.looking(), torch.no_grad():
+        logits = trainer.model(**batch).logits[0]
+    assert torch.allclose(torch.tensor(found[0, : len(logits)]), logits, rtol=0, atol=1e-5)
+    trainer.compute_metrics = metrics
+    assert trainer.evaluate(rows)["eval_seen"] == 1.0
+    assert (given[0] == found).all()
+
+
 def test_detached_when_training_raises(tmp_path):
     trainer = make_trainer(tmp_path)
     collate, calls = trainer.data_collator, []
@@ -189,6 +212,49 @@ def test_what_cannot_be_is_refused_by_name(settings, message):
 def test_optimizers_that_move_untouched_rows_are_refused(tmp_path):
     with pytest.raises(ValueError, match="train_tags_only=True with optim='adafactor'"):
         make_trainer(tmp_path, optim="adafactor")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (lambda p: torch.optim.AdamW(p, weight_decay=0.1), "weight_decay of embedding and head is"),
+        (lambda p: torch.optim.Adadelta(p), "the optimizer Adadelta: this optimizer may move rows"),
+        (lambda p: torch.optim.AdamW(p, weight_decay=0.0), None),
+        ((torch.optim.Rprop, {"lr": 1e-2}), "the optimizer Rprop: this optimizer may move rows"),
+        ((torch.optim.AdamW, {"lr": 1e-2}), None),
+    ],
+)
+def test_optimizers_that_are_handed_over_are_checked(optimizer, message, tmp_path):
+    model, processor = saved_model(tmp_path / "model")
+    settings = {"max_steps": 2, "bf16": False, "use_cpu": True, "report_to": []}
+    settings |= {"save_strategy": "no", "disable_tqdm": True, "weight_decay": 0.1}
+    given = {"optimizer_cls_and_kwargs": optimizer}
+    if callable(optimizer):
+        given = {"optimizers": (optimizer(model.parameters()), None)}
+    keywords = {"train_dataset": answered(4), "processing_class": processor, **given}
+    args = LookAgainSFTConfig(str(tmp_path / "out"), **settings)
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            LookAgainSFTTrainer(model, args, **keywords)
+        return
+    trainer = LookAgainSFTTrainer(model, args, **keywords)
+    before = model.get_input_embeddings().weight.detach().clone()
+    trainer.train()
+    moved = (model.get_input_embeddings().weight != before).any(1).nonzero().flatten().tolist()
+    assert moved == tag_ids(processor)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompt_learning_is_refused_by_name(kind, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs the extra 'train'")
+    adapter = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match=f"{kind} does not work with look_again='copy'.*LoRA"):
+        make_trainer(tmp_path, lora=adapter, train_tags_only=False)
+    model, _ = saved_model(tmp_path / "model")
+    wrapped = peft.get_peft_model(model, adapter)
+    args = LookAgainSFTConfig(str(tmp_path), bf16=False, use_cpu=True)
+    with pytest.raises(ValueError, match=f"{kind} does not work with look_again='copy'"):
+        LookAgainSFTTrainer(wrapped, args)
 
 
 def test_loss_functions_without_labels_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import nn
 from . import FAMILIES
 
 TINY = "lookagain-tiny"
+ADAPTER_CONFIG = "lookagain.json"
+"""In the folder of an adapter: how the model looks again with it, as `config.lookagain` says it."""
 
 
 def load(
@@ -23,7 +26,7 @@ def load(
     Args:
         name_or_path: "lookagain-tiny" (shipped with the package), a folder, or a hub id such as
             "Qwen/Qwen2.5-VL-7B-Instruct". A folder with an adapter of PEFT gives the model that it
-            belongs to with the adapter merged in.
+            belongs to with the adapter merged in, and looking again as it was trained with it.
         dtype: of the parameters; None: float32 for lookagain-tiny, else as they were saved.
         device: where to; None: the CPU.
 
@@ -60,7 +63,10 @@ def _load_adapted(
 
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     model, processor = load(base, dtype, device)
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval(), processor
+    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
+    if (said := folder / ADAPTER_CONFIG).is_file():
+        merged.config.lookagain = json.loads(said.read_text(encoding="utf-8"))
+    return merged, processor
 
 
 def _load_pretrained(

@@ -6,7 +6,9 @@ size that the model was trained on.
 
 from __future__ import annotations
 
+import bisect
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -122,7 +124,9 @@ class SceneProcessor(ProcessorMixin):
         Returns:
             ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` (1 on picture tokens), each
             int64 [B, L]; with pictures also ``pixel_values`` float32 [all patches, patch size]
-            and ``image_grid_thw`` int64 [pictures, 3].
+            and ``image_grid_thw`` int64 [pictures, 3]. With ``return_offsets_mapping``,
+            ``offset_mapping`` [B, L, 2] has the places of the tokens in the texts as they were
+            given, where a picture is one ``<|image_pad|>``.
 
         Raises:
             ValueError: no text, something that is not a picture, or as many pictures as places
@@ -138,12 +142,17 @@ class SceneProcessor(ProcessorMixin):
                 f"text must hold one {self.image_token} for each picture, "
                 f"got {places} for {len(pictures)} pictures"
             )
+        given = texts
         texts = [
             one.replace(self.image_token, self.image_token * self.visual_tokens) for one in texts
         ]
-        for ignored in ("return_mm_token_type_ids", "text_kwargs", "images_kwargs", "videos"):
-            kwargs.pop(ignored, None)
+        # The last one asks where pictures were put in: offset_mapping does without it.
+        ignored = ("return_mm_token_type_ids", "text_kwargs", "images_kwargs", "videos")
+        for name in (*ignored, "return_text_replacement_offsets"):
+            kwargs.pop(name, None)
         data = dict(self.tokenizer(texts, padding=padding, **kwargs))
+        if "offset_mapping" in data:
+            data["offset_mapping"] = list(map(self._as_given, given, data["offset_mapping"]))
         is_image = [[int(i == self.image_token_id) for i in row] for row in data["input_ids"]]
         data["mm_token_type_ids"] = is_image
         if pictures:
@@ -151,6 +160,23 @@ class SceneProcessor(ProcessorMixin):
             data["pixel_values"] = np.concatenate([self.patches(one) for one in pictures])
             data["image_grid_thw"] = np.array([[1, grid, grid]] * len(pictures), dtype=np.int64)
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _as_given(self, text: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Places in a text with pictures put in, as places in the ``text`` as it was given.
+
+        From these transformers tells which tokens are the assistant's.
+        """
+        length, more = len(self.image_token), len(self.image_token) * (self.visual_tokens - 1)
+        starts = [found.start() for found in re.finditer(re.escape(self.image_token), text)]
+        expanded = [start + number * more for number, start in enumerate(starts)]
+        places = []
+        for begin, end in offsets:
+            before = bisect.bisect_right(expanded, begin)
+            shift = before * more
+            if before and begin < expanded[before - 1] + length + more:
+                begin, end = starts[before - 1] + shift, starts[before - 1] + shift + length
+            places.append((begin - shift, end - shift))
+        return places
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as its own
         """As every processor's: tokens come unpadded and as lists unless asked otherwise.

@@ -7,16 +7,19 @@ handed over as reward functions, and its settings, which are the defaults of `BR
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import Generator, nn
+import torch
+from torch import Generator, Tensor, nn
 
 from ..config import LookAgainConfig
+from ..models import unwrap
 from ..template import REFLECTION, REFLECTION_END
-from .looking import LookingTrainer, read_look_again
+from .looking import LookingTrainer, check_adapter, read_look_again
 from .trainable import TrainableParts
 
 try:
@@ -106,8 +109,9 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
     - With `look_again` "copy" or "route", answers are sampled under `look_again`, and the
       log-probabilities of the policy, of the old policy and of the reference model are computed
       under it as well, so that they are those of the answers as they were sampled. The reference
-      is the reloaded model, or with PEFT the model without its adapter, as in TRL. Only a
-      `<REFLECTION>` in the answer triggers.
+      is the reloaded model, or with PEFT the model without its adapter, as in TRL; a warning says
+      so where the model was changed after it was loaded. Only a `<REFLECTION>` in the answer
+      triggers.
     - ROUTE's choice of tokens is not carried from the rollout to the loss but computed again,
       deterministically, from the same attention: each model, the reference too, looks where its
       own attention was. Under the same parameters the choice is the rollout's, except where the
@@ -130,6 +134,7 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
     Raises:
         ValueError: if `tools`, `environment_factory` or `rollout_func` come with "copy" or
             "route": their prompts grow with what was answered, where reflections do not trigger.
+            If an adapter by prompt learning (prompt or prefix tuning) comes with them.
 
     Example:
         >>> trainer = BRPOTrainer(
@@ -155,6 +160,7 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = BRPOConfig(f"{name.rstrip('/').split('/')[-1]}-BRPO")
         self.look_again_config = args.look_again_config
+        check_adapter(model, keywords.get("peft_config"), self.look_again_config)
         for name in ("tools", "environment_factory", "rollout_func"):
             if self.look_again_config.looks and keywords.get(name):
                 raise ValueError(
@@ -165,6 +171,25 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
         self._logged_step: int | None = None
         super().__init__(model, reward_funcs, args=args, **keywords)
         self._choose_trainable(args.train_vision, args.train_tags_only)
+        if not isinstance(model, str):
+            self._compare_reference()
+
+    def _compare_reference(self) -> None:
+        """Warn if the reference, which TRL loads anew, is not the model that was handed over."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self.ref_model is None or sharded:
+            return
+        theirs = dict(unwrap(self.ref_model).named_parameters())
+        for name, ours in unwrap(self.model).named_parameters():
+            if name not in theirs or not _equal(ours, theirs[name]):
+                warnings.warn(
+                    f"the reference model is {self.model.config._name_or_path!r} as it is saved, "
+                    f"and {name} of the model is another: the KL penalty (beta={self.beta}) draws "
+                    "it back from the first step on; save the model and load it from there, or "
+                    "set beta=0",
+                    stacklevel=3,
+                )
+                return
 
     def _models_that_look(self) -> list[nn.Module]:
         reference = [] if self.ref_model is None else [self.ref_model]
@@ -183,10 +208,14 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
         return sampler
 
     def _generate(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as GRPOTrainer's
+        if not self.model.training:  # an evaluation's, no part of a step
+            return super()._generate(*args, **keywords)
         return self._timed("rollout", super()._generate, *args, **keywords)
 
     def _generate_and_score_completions(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
         made = super()._generate_and_score_completions
+        if not self.model.training:
+            return made(*args, **keywords)
         return self._timed("scoring", made, *args, **keywords)
 
     def training_step(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
@@ -194,6 +223,12 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
         if self._logged_step is None:
             self._logged_step = self.state.global_step
         return self._timed("training", super().training_step, *args, **keywords)
+
+    def train(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as GRPOTrainer's
+        """GRPOTrainer's; its steps are timed from the first one on."""
+        self._seconds.clear()
+        self._logged_step = None
+        return super().train(*args, **keywords)
 
     def _timed(self, part: str, work: Any, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
         """Do it, and count its seconds without those of the parts within it."""
@@ -205,7 +240,8 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:  # noqa: ANN401
         """GRPOTrainer's; also says where the time of a step went."""
-        steps = self.state.global_step - (self._logged_step or 0)
+        first = self.state.global_step if self._logged_step is None else self._logged_step
+        steps = self.state.global_step - first
         if self.model.training and steps > 0:
             for part, seconds in self._seconds.items():
                 self._metrics["train"][f"seconds/{part}"] = [seconds / steps]
@@ -231,6 +267,13 @@ class BRPOTrainer(TrainableParts, LookingTrainer, GRPOTrainer):
             if lengths:
                 self._log_metric("reflections/length", sum(lengths) / len(lengths))
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+
+@torch.no_grad()
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two parameters are the same to the lower precision of the two."""
+    dtype = min(ours.dtype, theirs.dtype, key=lambda one: one.itemsize)
+    return ours.shape == theirs.shape and torch.equal(ours.to(dtype), theirs.to(ours.device, dtype))
 
 
 def _seed_epoch(generator: Generator, seed: int, epoch: int) -> None:

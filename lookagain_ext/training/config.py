@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,12 +146,30 @@ class SFTConfig:
             packaged = ", ".join(sorted(one.name for one in PACKAGED.glob("*.yaml")))
             raise ValueError(f"no configuration {given}; packaged ones are: {packaged}")
         try:
-            data = yaml.safe_load(found.read_text(encoding="utf-8"))
+            data = load_yaml(found.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise ValueError(f"{found} is not YAML: {error}") from error
         if not isinstance(data, dict):
             raise ValueError(f"{found} must hold names and values, got {type(data).__name__}")
         return cls.from_dict(data)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number, as in its version 1.2; PyYAML wants a point in it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
+def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever stands there
+    """What a YAML text holds.
+
+    Raises:
+        yaml.YAMLError: if it is none.
+    """
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .recipe_check import check_entries_of_recipe, check_stages
 from .rewards import PRESETS
 from .run_config import read_yaml
 
@@ -81,6 +82,7 @@ class RecipeConfig:
             raise ValueError("evaluate needs questions, the number of held-out ones")
         if type(self.jobs) is not int or self.jobs < 1:
             raise ValueError(f"jobs must be a number from 1 on, got {self.jobs!r}")
+        check_entries_of_recipe(self)
 
     @classmethod
     def load(cls, path: str | Path, **replaced: Any) -> RecipeConfig:  # noqa: ANN401
@@ -89,6 +91,9 @@ class RecipeConfig:
         Args:
             path: of the file.
             **replaced: entries that are not to be as in the file.
+
+        Raises:
+            ValueError: if an entry of the recipe or of one of its stages is wrong, by name.
         """
         data = {**read_yaml(path), **replaced}
         fields = {one.name: one for one in dataclasses.fields(cls)}
@@ -99,7 +104,9 @@ class RecipeConfig:
         if missing := [name for name in required if name not in data]:
             raise ValueError(f"a recipe needs {', '.join(missing)}")
         lists = {n: tuple(data[n]) for n in ("presets", "strategies", "launch") if data.get(n)}
-        return cls(**{**data, **lists})
+        made = cls(**{**data, **lists})
+        check_stages(made)
+        return made
 
 
 @dataclass(frozen=True)

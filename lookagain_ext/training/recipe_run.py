@@ -25,6 +25,7 @@ import yaml
 from .checkpoint import write_atomically
 from .journal import Journal
 from .recipe import RecipeConfig, Step, steps
+from .recipe_check import check_files
 
 JOURNAL = "recipe.jsonl"
 _NOT_THE_WORK = ("output", "launch", "jobs")  # how and where, which may change on the way
@@ -50,7 +51,7 @@ def run_recipe(config: RecipeConfig, say: Callable[[str], None] = print) -> list
         say: told what begins, what is skipped and what it took.
 
     Raises:
-        ValueError: the folder holds another recipe.
+        ValueError: the folder holds another recipe, or a file of data is not there.
         RuntimeError: a command failed; what is done stays done.
     """
     folder = Path(config.output)
@@ -64,6 +65,7 @@ def run_recipe(config: RecipeConfig, say: Callable[[str], None] = print) -> list
             if number in journal.done:
                 say(f"{heads[number]}: done, {journal.done[number]['seconds']:.0f} s")
             else:
+                check_files(planned[number])
                 waiting.append(number)
         finished = {planned[number].name for number in journal.done}
         running: dict[int, tuple[subprocess.Popen[bytes], float]] = {}

@@ -22,12 +22,18 @@ one of 1000 and nine empty ones                 1.0      0.0
 one of 400                                     -2.0      0.0
 twenty of 100                                   1.0      0.0
 an empty one                                    0.0      0.0
+one of 660 and seven of 20                      1.0      0.175
+one of 180 and one of 20                        1.0      0.2
+one of 150 and one of 50                        1.0      0.5
 =============================================  =======  ==========
 
 A model that has learned to ramble is paid in full for opening and closing a second reflection in
 which it says nothing, and one very long reflection costs more than a right answer in the right
-form earns, so it is safer to never reflect (0). The *hardened* form counts only reflections of a
-minimum length, pays nothing for more than a maximum number of them, and stays within 0 and 1. It
+form earns, so it is safer to never reflect (0). The *hardened* form scores each reflection of a
+minimum length by itself, between 0 and 1, and pays the mean of these scores: an answer never earns
+more than its best reflection alone, and no length makes up for another. More than a maximum number
+of reflections are paid nothing. What the mean still allows: short reflections that score a little
+(0.2 at the minimum length) raise the mean of an answer whose other reflections score nothing. It
 still sees lengths, not sense: 100 tokens of nothing are 100 tokens.
 
 Everything is counted on token ids: the text that a trainer hands over may have lost the tags.
@@ -40,7 +46,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..template import ParsedAnswer, parse_ids, tag_ids
-from .accuracy import check_matching, is_right
+from .accuracy import check_matching, is_missing, is_right
 
 PRESETS: tuple[str, ...] = ("paper", "hardened")
 Reward = Callable[..., list[float]]
@@ -72,13 +78,15 @@ def hardened_balance(
     min_length: int | None = None,
     max_reflections: int = 8,
 ) -> float:
-    """A reflection balance without the paper's hole; see the head of this file.
+    """A reflection balance in which no reflection makes up for another; see the head of this file.
+
+    The mean of ``max(0, 1 - abs(length / target_length - 1))`` over the reflections that count.
 
     Args:
         lengths: tokens between the tags of each reflection.
         target_length: λ, above 0.
-        min_length: a shorter reflection counts neither in L nor in N; None takes a fifth of the
-            target, at least 1.
+        min_length: a shorter reflection does not count; None takes a fifth of the target, at
+            least 1.
         max_reflections: more reflections than this, short ones included, pay 0.
 
     Returns:
@@ -94,8 +102,8 @@ def hardened_balance(
             raise ValueError(f"{name} must be at least 1, got {bound}")
     if len(lengths) > max_reflections:
         return 0.0
-    counted = [length for length in lengths if length >= least]
-    return min(1.0, max(0.0, paper_balance(counted, target_length)))
+    scores = [max(0.0, 1.0 - abs(one / target_length - 1.0)) for one in lengths if one >= least]
+    return sum(scores) / len(scores) if scores else 0.0
 
 
 def brpo_rewards(
@@ -173,6 +181,12 @@ def brpo_rewards(
                 f"the data must have a column 'answer', one for each of {len(completions)} "
                 f"completions, got {answer!r}"[:300]
             )
+        for number, wanted in enumerate(answer):
+            if is_missing(wanted):
+                raise ValueError(
+                    f"answer {number} of {len(answer)} is missing ({wanted}): give each row of the "
+                    "data an answer, or leave the row out"
+                )
         answers = parsed(completions, completion_ids)
         return [
             float(is_right(one.conclusion, wanted, matching))
@@ -184,7 +198,7 @@ def brpo_rewards(
         completion_ids: Sequence[Sequence[int]],
         **columns: Any,  # noqa: ANN401
     ) -> list[float]:
-        """How near the mean length of each answer's reflections is to the target."""
+        """How near the lengths of each answer's reflections are to the target."""
         return [balance(one.reflection_lengths) for one in parsed(completions, completion_ids)]
 
     return [format_reward, accuracy_reward, reflection_balance_reward]

@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .accuracy import is_missing
+from .checks import check_data
+
 try:
     from datasets import Dataset, Image, List, load_dataset
+    from datasets.exceptions import DatasetsError
 except ModuleNotFoundError as error:
     from .extras import missing_extra
 
@@ -22,8 +26,10 @@ def read_data(kind: str, data: dict[str, Any]) -> Dataset:
         data: as in `RunConfig`.
 
     Raises:
-        ValueError: if a column is missing, or a record is wrong; the message has its number.
+        ValueError: if there is no such file, a column or a row's answer is missing, or a record
+            is wrong; the message has its number.
     """
+    check_data(data)
     last = "answer" if kind == "brpo" else "completion"
     if "reader" in data:
         table = _read_records(kind, data)
@@ -35,11 +41,21 @@ def read_data(kind: str, data: dict[str, Any]) -> Dataset:
         split, form = data.get("split", "train"), Path(path).suffix.lstrip(".")
         if form in ("json", "jsonl", "parquet"):
             form = "parquet" if form == "parquet" else "json"
-            table = load_dataset(form, data_files=path, split=split)
         else:
-            table = load_dataset(path, split=split)
+            form = None
+        files = {} if form is None else {"data_files": path}
+        try:
+            table = load_dataset(form or path, split=split, **files)
+        except (OSError, ValueError, DatasetsError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"data: {path} cannot be read: {reason}") from error
     if missing := sorted({"question", "image", last} - set(table.column_names)):
         raise ValueError(f"data lacks the column {', '.join(missing)}; got {table.column_names}")
+    if not len(table):
+        raise ValueError("data has no rows")
+    for number, value in enumerate(table[last]):
+        if is_missing(value):
+            raise ValueError(f"data: row {number} has no {last}")
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         message = [{"role": "user", "content": row["question"]}]

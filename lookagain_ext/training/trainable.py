@@ -121,13 +121,33 @@ class TrainableParts:
                 "train_tags_only=True does not work under FSDP, which hides the rows of a "
                 "parameter; use DDP or DeepSpeed, or set train_tags_only=False"
             )
+        tables = train_only_rows(self.model, ids)
+        self._without_decay = frozenset(map(id, tables))
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        """Refuse optimizers that move rows whose gradient is 0, the Trainer's own or given ones."""
+        given, chosen = self.optimizer, self.optimizer_cls_and_kwargs
         name = str(getattr(self.args.optim, "value", self.args.optim))
-        if not name.startswith(_KEEPS_ZERO_GRADIENT):
+        what, kind = f"optim={name!r}", name
+        if given is not None or chosen is not None:
+            name = type(given).__name__ if given is not None else chosen[0].__name__
+            what, kind = f"the optimizer {name}", name.lower()
+            kind = "paged_" + kind.removeprefix("paged") if kind.startswith("paged") else kind
+        # transformers calls none of its own plain "adam"; without decay it keeps such rows too.
+        if not kind.startswith(_KEEPS_ZERO_GRADIENT) and kind != "adam":
             raise ValueError(
-                f"train_tags_only=True with optim={name!r}: this optimizer may move rows whose "
+                f"train_tags_only=True with {what}: this optimizer may move rows whose "
                 "gradient is 0; use an AdamW or SGD, or set train_tags_only=False"
             )
-        self._without_decay = frozenset(map(id, train_only_rows(self.model, ids)))
+        for group in [] if given is None else given.param_groups:
+            decays = group.get("weight_decay", 0)
+            if decays and not self._without_decay.isdisjoint(map(id, group["params"])):
+                raise ValueError(
+                    f"train_tags_only=True with an optimizer whose weight_decay of embedding and "
+                    f"head is {decays}: it would move every row; put them in a group with "
+                    "weight_decay=0, or set train_tags_only=False"
+                )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The Trainer's, without parameters of which only some rows train."""

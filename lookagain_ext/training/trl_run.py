@@ -7,6 +7,7 @@ whole checkpoint.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 from rich.console import Console
 
 from .checkpoint import METRICS, read_metrics, rewind_metrics, write_atomically
+from .checks import check_data, check_run
 from .curves import plot_runs
 from .run_config import KINDS, RunConfig
 from .trainable import tag_ids
@@ -35,6 +37,7 @@ except ModuleNotFoundError as error:
 __all__ = ["last_checkpoint", "make_trainer", "read_data", "run"]
 
 SAMPLES = "samples.txt"
+_SAMPLE = re.compile(r"^--- step (\d+), \{", re.MULTILINE)
 _SHOWN = {
     "loss": "loss",
     "reward": "reward",
@@ -68,7 +71,8 @@ def run(
         config: the configuration, or its YAML file, or the name of a packaged one.
         output: replaces the configuration's folder.
         look_again: replaces the trainer's `look_again`.
-        resume: go on from a checkpoint in the folder; False refuses to start where one lies.
+        resume: go on from a checkpoint in the folder, and from one of the last step write the
+            model and train nothing; False refuses to start where one lies.
         rewards: BRPO's reward functions; None: `brpo_rewards` with the configuration's keywords.
         console: to print to.
 
@@ -92,6 +96,7 @@ def run(
     if first:
         step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
         rewind_metrics(folder / METRICS, step)
+        _rewind_samples(folder / SAMPLES, step)
         if checkpoint:
             console.print(f"going on from step {step}", markup=False)
         else:
@@ -132,8 +137,12 @@ def make_trainer(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if config.writer is not None:
         raise ValueError("writer: only a cold start has one (lookagain train coldstart)")
+    if kind == "sft" and config.rewards:
+        raise ValueError("rewards: only BRPO has them (lookagain train brpo)")
     from ..models.loading import load
 
+    check_run(kind, config.trainer, config.lora)
+    check_data(config.data)
     weights = dict(config.rewards).pop("weights", None)
     settings = {"reward_weights": weights} if kind == "brpo" and weights else {}
     try:
@@ -236,6 +245,15 @@ class _Report(TrainerCallback):
         prompt, answer = (_text(logs[name][-1]) for name in ("prompt", "completion"))
         with open(self._folder / SAMPLES, "a", encoding="utf-8") as file:
             file.write(f"--- step {step}, {earned}\n{prompt}\n>>> {answer}\n\n")
+
+
+def _rewind_samples(path: Path, step: int) -> None:
+    """Drop what was sampled after ``step``: it will be sampled again."""
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    later = (one.start() for one in _SAMPLE.finditer(text) if int(one[1]) > step)
+    write_atomically(path, text[: next(later, len(text))])
 
 
 def _text(messages: Any) -> str:  # noqa: ANN401 - a string or a list of messages

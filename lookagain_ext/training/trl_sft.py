@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import LookAgainConfig
-from .looking import LookingTrainer, read_look_again
+from .looking import LookingTrainer, check_adapter, read_look_again
 from .trainable import TrainableParts
 
 try:
@@ -119,8 +120,9 @@ class LookAgainSFTTrainer(TrainableParts, LookingTrainer, SFTTrainer):
             `images` (or `image`).
 
     Raises:
-        ValueError: if `compute_loss_func` or `compute_metrics` comes with "copy" or "route": TRL
-            then calls the model without labels, so without a boundary between prompt and answer.
+        ValueError: if `compute_loss_func` comes with "copy" or "route": TRL then calls the model
+            without labels, so without a boundary between prompt and answer. If an adapter by
+            prompt learning (prompt or prefix tuning) comes with them.
     """
 
     _tag_names = ["trl", "sft"]
@@ -135,14 +137,34 @@ class LookAgainSFTTrainer(TrainableParts, LookingTrainer, SFTTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = LookAgainSFTConfig(f"{name.rstrip('/').split('/')[-1]}-SFT")
         self.look_again_config = args.look_again_config
-        for name in ("compute_loss_func", "compute_metrics"):
-            if self.look_again_config.looks and keywords.get(name) is not None:
-                raise ValueError(
-                    f"{name} does not work with look_again={self.look_again_config.strategy!r}: "
-                    "TRL then calls the model without labels"
-                )
+        check_adapter(model, keywords.get("peft_config"), self.look_again_config)
+        if self.look_again_config.looks and keywords.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func does not work with "
+                f"look_again={self.look_again_config.strategy!r}: TRL then calls the model "
+                "without labels"
+            )
         super().__init__(model, args=args, **keywords)
         # TRL's loss takes the number of tokens of the whole batch; transformers counts them only
         # for models that say their own forward takes it, which Qwen's do not.
         self.model_accepts_loss_kwargs = True
         self._choose_trainable(args.train_vision, args.train_tags_only)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,  # noqa: ANN401 - as SFTTrainer's
+    ) -> Any:  # noqa: ANN401 - a loss, or with the outputs
+        """SFTTrainer's; the outputs' logits are those of the forward that the loss is of.
+
+        SFTTrainer asks for them without labels. No boundary between prompt and answer is known
+        then: a reflection in a prompt would trigger, and ROUTE rank by another attention.
+        """
+        told = {"num_items_in_batch": num_items_in_batch}
+        if not (return_outputs and self.look_again_config.looks):
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **told)
+        loss = super().compute_loss(model, inputs, **told)
+        with torch.no_grad():
+            return loss, model(**inputs)
