@@ -101,6 +101,24 @@ def test_func_differentiates() -> None:
     torch.testing.assert_close(twice(small[0]), exact(small[0]))
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_tangents_under_compile_are_not_lost(backend) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(of_query, backend=backend)
+    torch.testing.assert_close(compiled(QUERY), of_query(QUERY))
+    with pytest.raises(Exception, match="no forward-mode derivative under torch.compile"):
+        tangent(compiled)
+    torch.compiler.reset()
+    inside = torch.compile(lambda: jvp(of_query, (QUERY,), (TANGENT,))[1], backend=backend)
+    try:  # torch may run it uncompiled
+        found = inside()
+    except NotImplementedError as error:
+        assert "no forward-mode derivative under torch.compile" in str(error)
+    else:
+        torch.testing.assert_close(found, difference(), rtol=1e-6, atol=1e-8)
+    torch.compiler.reset()
+
+
 def test_a_batch_of_gradients() -> None:
     query = QUERY.clone().requires_grad_()
     out = of_query(query)[0, 0].flatten()[:3]

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._native import native
 from . import _cuda, _cuda_training
 from ._counted_mass import CountedMass
+from ._transforms import refuse_tangents
 
 
 def forward(
@@ -151,12 +152,14 @@ def _op(
     scale: float,
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    refuse_tangents()
     tensors = (query, key, value, key_start, key_length, spans, inv_freq, shift, start, selected)
     return forward(*tensors, None, None, block_table, scale)
 
 
 @_op.register_fake
 def _(query: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    refuse_tangents()
     return outputs(query)
 
 
@@ -177,12 +180,14 @@ def _mass_op(
     scale: float,
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    refuse_tangents()
     tensors = (query, key, value, key_start, key_length, spans, inv_freq, shift, start, selected)
     return forward(*tensors, visual_mass, mass_from, block_table, scale)
 
 
 @_mass_op.register_fake
 def _(query: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    refuse_tangents()
     return outputs(query)
 
 

@@ -19,7 +19,7 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     """Whether torch.func or forward-mode differentiation follows one of the tensors.
 
     A kernel reads memory: it would drop a dual tensor's tangent, and a wrapped tensor has none.
-    Under torch.compile these are traced along, and nobody asks.
+    Under torch.compile nobody asks: `refuse_tangents` stands in the compiled op.
     """
     if torch.compiler.is_compiling():
         return False
@@ -30,6 +30,16 @@ def is_transformed(*tensors: Tensor | None) -> bool:
         and (_is_wrapped(tensor) or forward_ad.unpack_dual(tensor).tangent is not None)
         for tensor in tensors
     )
+
+
+def refuse_tangents() -> None:
+    """Raise within a compiled op where tensors may be dual: tangents do not come that far."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "routed_attention has no forward-mode derivative under torch.compile or another "
+            "tracer: call it outside of a compiled function there, or use "
+            "lookagain_ext.reference.routed_attention"
+        )
 
 
 def refuse_transform(**given: object) -> None:

@@ -145,6 +145,7 @@ def routed_attention(
         or not has_kernels(query)
     ):
         _check(*arguments)
+        traced = is_compiling() or is_traced(query, key, value) or query.is_meta
         if not is_compiling() and _by_reference(*arguments):
             return reference.routed_attention(
                 query,
@@ -159,7 +160,7 @@ def routed_attention(
                 block_table=block_table,
                 return_lse=return_lse,
             )
-        out, lse = _traced(*arguments)
+        out, lse = _traced(*arguments) if traced else _eager(*arguments, return_lse)
     else:
         try:
             out, lse = _eager(*arguments, return_lse)
