@@ -50,8 +50,9 @@ def look_again(
 
     Raises:
         TypeError: if `model` is not a transformers model or `config` no LookAgainConfig.
-        ValueError: if the family is not supported or the reflection token is not in the
-            vocabulary.
+        ValueError: if the family is not supported, the reflection token is not in the vocabulary
+            or is a placeholder of images, or the model shares its config with another one that
+            looks again.
 
     Example:
         >>> with look_again(model, LookAgainConfig(strategy="copy"), processor) as session:
@@ -67,6 +68,7 @@ def look_again(
     if config.reflection_token_id is None:
         number = find_reflection_token(tokenizer, config.reflection_token)
         config = replace(config, reflection_token_id=number)
+    family.check_token("reflection_token_id", config.reflection_token_id)
     return LookAgainSession(model, family, config)
 
 
@@ -100,7 +102,12 @@ class LookAgainSession:
         self.detach()
 
     def detach(self) -> None:
-        """Give the model back as it was before; once is enough, twice does no harm."""
+        """Give the model back as it was before; once is enough, twice does no harm.
+
+        If the model was compiled (`torch.compile`, or by `generate`), this calls
+        `torch.compiler.reset()`, as `look_again` does: what the whole process has compiled so far
+        is compiled anew when it runs next.
+        """
         self._attachment.leave(self._engine)
 
     @property
