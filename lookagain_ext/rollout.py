@@ -7,6 +7,7 @@ under `torch.compile(fullgraph=True)` and replays in a CUDA graph.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class Rollout:
         self.prompt: tuple[Tensor, Tensor] | None = None
         self.prompt_length = prompt_length
         self.reencoder: Reencoder | None = None
+        self._static = buffers.static
         device, batch = layout.spans.device, layout.spans.shape[0]
         # Plus the tokens in the cache: a token's step, and its key index.
         self._origin = buffers.zeros("origin", 2, batch)
@@ -236,11 +238,24 @@ class Rollout:
             by_layer: bool [layers, B, L_c] or None.
         """
         values = torch.cat([slot, shift.mT])[..., None]
-        self._columns.copy_(torch.where(chosen, values, self._columns))
+        columns = torch.where(chosen, values, self._columns)
+        if self._is_saved():
+            self._columns = columns.int()
+            self.context = replace(self.context, selected=_copied(self.context.selected))
+            self.layer_selected = _copied(self.layer_selected)
+        else:
+            self._columns.copy_(columns)
         if by_layer is not None:
             put_(self.layer_selected, chosen[..., None], by_layer[:, :, None])
         elif self.context.selected is not None:
             put_(self.context.selected, chosen[..., None], shown[:, None])
+
+    def _is_saved(self) -> bool:
+        """Whether autograd may have saved the columns of earlier steps, which must stay then.
+
+        With a static cache they are written in place: its own keys and values are, too.
+        """
+        return not torch.compiler.is_compiling() and not self._static and torch.is_grad_enabled()
 
     def _append(
         self,
@@ -330,3 +345,7 @@ class Rollout:
         reflections = self.log.read(self.layout.num_visual.tolist(), self.config, share)
         attention, every_token = (None, None) if self.record is None else self.record.read()
         return Trace(reflections, attention, every_token, self.layout.grids)
+
+
+def _copied(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
