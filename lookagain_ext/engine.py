@@ -358,12 +358,34 @@ class Engine:
                     f"{CACHE}=DynamicCache() with the prompt"
                 )
             sequence = state.sequence
-            rollout = self._open(sequence.layout, sequence.positions.shape[-1], cache)
-            rollout.take_over(sequence, state.selected)
+            begun = self._begun_mass(state)
+            length = sequence.positions.shape[-1] - max(sequence.begun)
+            rollout = self._open(sequence.layout, length, cache)
+            rollout.take_over(sequence, state.selected, state.mass, begun)
             setattr(cache, _STATE, rollout)
             state = rollout
         self._latest = state
         return state
+
+    def _begun_mass(self, state: SequenceForward) -> Tensor | None:
+        """Attention of the answers that a forward of whole sequences ended in, where it counts."""
+        begun = state.sequence.begun
+        if not any(begun) or not (self.config.routes or self.config.track_attention):
+            return None
+        if len(set(begun)) > 1:
+            raise ValueError(
+                f"the answers in {CACHE} begin {', '.join(map(str, begun))} tokens before the end "
+                "of its rows: where attention counts (strategy='route' or track_attention) a loop "
+                "goes on only with answers that begin together; begin it with the prompts alone"
+            )
+        mass = state.begun_mass()
+        if mass is None:
+            raise ValueError(
+                f"the attention of the {begun[0]} answer tokens in {CACHE} was not measured, since "
+                "the call that filled it recorded gradients: call the model under torch.no_grad(), "
+                "or begin the loop with the prompts alone"
+            )
+        return mass
 
 
 def _differences(before: LookAgainConfig, now: LookAgainConfig) -> str:

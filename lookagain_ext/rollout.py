@@ -319,8 +319,28 @@ class Rollout:
         if self.record is not None:
             self.record.restart()
 
-    def take_over(self, sequence: Sequence, selected: Tensor | None) -> None:
-        """Go on from a forward of whole sequences: its re-injections become these columns."""
+    def take_over(
+        self,
+        sequence: Sequence,
+        selected: Tensor | None,
+        mass: Tensor | None,
+        begun: Tensor | None,
+    ) -> None:
+        """Go on from a forward of whole sequences: its re-injections become these columns.
+
+        Args:
+            sequence: the forward's; the rollout was opened at the first token of its answers.
+            selected: bool [B, N, L_c], or None when all tokens are shown.
+            mass: float32 [B, N, L_c], mean attention before each re-injection, or None.
+            begun: float32 [B, steps, L_c], attention of the answers so far, summed over layers and
+                heads, or None where none counts.
+        """
+        self._origin[0] -= torch.tensor(
+            [sequence.positions.shape[-1] - count - self.prompt_length for count in sequence.begun],
+            device=self.offset.device,
+        )
+        if self.record is not None and begun is not None:
+            self.record.carry(begun)
         device, batch = self.offset.device, self.offset.shape[1]
         columns = sequence.num_columns
         shift = torch.zeros(batch, max(map(len, sequence.hits)), dtype=torch.int64, device=device)
@@ -337,7 +357,15 @@ class Rollout:
                 chosen = self.log.count[:, None] % self.config.max_reinjections == self._column
                 self._fill_column(chosen & look, numbers[1:], moved, shown, None)
                 self.offset += self._extent * look
-            self.log.write(hit, self.log.places(hit), torch.cat([numbers, moved.mT]), shown)
+            before, steps = None, numbers[0][:, None]
+            if mass is not None and number < columns:
+                before = mass[:, number] * steps.clamp(min=1) / self.record.share
+            elif begun is not None:
+                # Of a reflection in an earlier answer it is not known.
+                same = (numbers[1] - numbers[0] == self.prompt_length)[:, None]
+                passed = torch.arange(begun.shape[1], device=device) < steps
+                before = torch.where(same, (begun * passed[..., None]).sum(1), torch.nan)
+            self.log.write(hit, self.log.places(hit), torch.cat([numbers, moved.mT]), shown, before)
 
     def trace(self) -> Trace:
         """Copy what happened so far to the host."""
