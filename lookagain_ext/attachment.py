@@ -224,7 +224,7 @@ class Attachment:
                 f"set_attn_implementation({{'text_config': {ATTENTION_NAME!r}}})"
             )
         engine, keywords = self.engines[-1], _by_name(module, args, keywords)
-        if torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with lasting():
                 return (), engine.before_base(keywords)
         return (), engine.before_base(keywords)
