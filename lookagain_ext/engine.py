@@ -196,11 +196,7 @@ class Engine:
         positions = keywords.get("position_ids")
         positions = _axes(self.family.positions(keywords) if positions is None else positions)
         mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])
-        if Packing.find(positions, mask, keywords.get("cu_seq_lens_q")) is not None:
-            raise ValueError(
-                f"packed sequences cannot be continued, so they take no {CACHE}: call the model "
-                "without one, with use_cache=False, or generate from a batch with a row for each"
-            )
+        _refuse_packing(Packing.find(positions, mask, keywords.get("cu_seq_lens_q")))
         layout = visual_layout(ids, positions, mask, self.family.visual_token_ids())
         cache = self._own_cache(cache, layout.max_visual)
         rollout = self._open(layout, ids.shape[1], cache)
@@ -285,6 +281,8 @@ class Engine:
         positions = _axes(positions if given else self.family.positions(keywords))
         mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])
         packing, real = Packing.find(positions, mask, keywords.get("cu_seq_lens_q")), None
+        if keywords.get(CACHE) is not None:
+            _refuse_packing(packing)
         if packing is None:
             real = None if mask is None else mask.to(ids.device) != 0
         else:
@@ -393,6 +391,14 @@ def _differences(before: LookAgainConfig, now: LookAgainConfig) -> str:
     old, new = before.to_dict(), now.to_dict()
     changed = [name for name in old if old[name] != new[name]]
     return ", ".join(f"{name} was {old[name]!r} and is {new[name]!r}" for name in changed)
+
+
+def _refuse_packing(packing: Packing | None) -> None:
+    if packing is not None:
+        raise ValueError(
+            f"packed sequences cannot be continued, so they take no {CACHE}: call the model "
+            "without one, with use_cache=False, or generate from a batch with a row for each"
+        )
 
 
 def _limit(cache: Any) -> int:  # noqa: ANN401 - any cache
