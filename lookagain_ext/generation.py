@@ -32,7 +32,9 @@ def look_again(
     the model made meanwhile looks again too, until a session of its own on it is detached.
 
     While decoding, only generated tokens trigger. In a forward with `labels`, only positions whose
-    label is not -100; in one without labels or cache, those after the last visual token.
+    label is not -100; in one without labels or cache, those after the last visual token. A loop of
+    one's own may begin within an answer: labels tell where it began, for ROUTE's attention and the
+    trace's steps. Threads may call the model at the same time.
 
     Gradients are right also when `backward()` comes after the session has ended, with gradient
     checkpointing by transformers or PyTorch's `checkpoint_wrapper`. If you call
