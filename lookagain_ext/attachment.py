@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
 from .attention import ATTENTION_NAME
-from .cache import CACHE
+from .cache import CACHE, lasting
 from .checkpointing import keep_attention, release_attention
 from .config import LookAgainConfig
 from .engine import Engine
@@ -22,7 +24,17 @@ _NAME = "_lookagain"
 """Attribute of the model that holds its attachment: the two live and are copied together."""
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-_MISSING = "missing"
+_IN_USE: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
+"""Attachments by the id of the text config that they switched."""
+
+
+class _Missing(Enum):
+    """What was not there; an enum's member is itself also in a copy and when read from a file."""
+
+    MISSING = "missing"
+
+
+_MISSING = _Missing.MISSING
 
 
 class _Forbid(LogitsProcessor):
@@ -38,6 +50,32 @@ class _Forbid(LogitsProcessor):
             known = [token for token in self.tokens if token < scores.shape[-1]]
             self._index = torch.tensor(known, dtype=torch.int64, device=scores.device)
         return scores.index_fill(-1, self._index, -torch.inf)
+
+
+class _Processors(LogitsProcessorList):
+    """Those of a generation: if one calls the model, to score, that is no part of the answer."""
+
+    def __init__(self, processors: list[Any], engine: Engine) -> None:
+        super().__init__(processors)
+        self._engine = engine
+
+    def __call__(self, *args: Any, **keywords: Any) -> Tensor:  # noqa: ANN401
+        """As of any list of them."""
+        with self._engine.generation(running=False):
+            return super().__call__(*args, **keywords)
+
+
+class _Criteria(StoppingCriteriaList):
+    """Those of a generation, see `_Processors`."""
+
+    def __init__(self, criteria: list[Any], engine: Engine) -> None:
+        super().__init__(criteria)
+        self._engine = engine
+
+    def __call__(self, *args: Any, **keywords: Any) -> Tensor:  # noqa: ANN401
+        """As of any list of them."""
+        with self._engine.generation(running=False):
+            return super().__call__(*args, **keywords)
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -60,12 +98,12 @@ class Attachment:
         self._home = id(family.model)
         self._methods: dict[str, Any] = {}
         self._handles: list[Any] = []
-        self._generating: Engine | None = None
 
     @classmethod
     def enter(cls, family: Family, engine: Engine) -> Attachment:
         """Put `engine` in force on the model, and the hooks on it if it is the first."""
         attachment = family.model.__dict__.get(_NAME)
+        _refuse_shared(family, attachment)
         if attachment is None:
             attachment = cls(family)
             attachment._install()
@@ -74,6 +112,7 @@ class Attachment:
             # The model is a copy, made while a session was open on the original.
             attachment._home = id(family.model)
             attachment.engines.clear()
+        _IN_USE[id(family.text_config)] = attachment
         attachment.engines.append(engine)
         attachment._publish(engine.config)
         return attachment
@@ -87,6 +126,7 @@ class Attachment:
             self._publish(self.engines[-1].config)
         else:
             self._restore()
+            _IN_USE.pop(id(self._family.text_config), None)
             delattr(self._family.model, _NAME)
         _forget_compiled(self._family.model)
 
@@ -98,8 +138,10 @@ class Attachment:
         self._hook(decoder.register_forward_pre_hook, self._before_decoder)
         self._handles.append(decoder.register_forward_hook(self._after_decoder))
         self._handles.append(base.register_forward_hook(self._after_base, always_call=True))
+        self._handles.append(model.register_forward_hook(self._after_model, always_call=True))
         self._replace("_validate_generation_mode", self._check_mode)
         self._replace("_get_logits_processor", self._logits_processors)
+        self._replace("_get_stopping_criteria", self._stopping_criteria)
         self._replace("generate", self._generate)
         _forget_compiled(model)
 
@@ -117,18 +159,18 @@ class Attachment:
         Not through `generation_config`, whose `suppress_tokens` a call to generate replaces.
         """
         found = self._original("_get_logits_processor", *args, **keywords)
-        if self._generating is not None:
-            self._generating.prompt_length = keywords.get("input_ids_seq_length")
-        placeholders = self._family.visual_token_ids()
-        return LogitsProcessorList([_Forbid(placeholders), *found])
+        engine = self.engines[-1]
+        engine.begin_answer(keywords.get("input_ids_seq_length"))
+        return _Processors([_Forbid(self._family.visual_token_ids()), *found], engine)
+
+    def _stopping_criteria(self, *args: Any, **keywords: Any) -> StoppingCriteriaList:  # noqa: ANN401
+        found = self._original("_get_stopping_criteria", *args, **keywords)
+        return _Criteria(found, self.engines[-1])
 
     def _generate(self, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
         """As before; meanwhile the engine knows how long the prompt is."""
-        engine = self._generating = self.engines[-1]
-        try:
+        with self.engines[-1].generation(running=True):
             return self._original("generate", *args, **keywords)
-        finally:
-            self._generating = engine.prompt_length = None
 
     def _replace(self, name: str, method: Callable[..., Any]) -> None:
         """Put a method on the model itself, in front of its class's."""
@@ -174,7 +216,18 @@ class Attachment:
     def _before_base(
         self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (), self.engines[-1].before_base(_by_name(module, args, keywords))
+        attention = self._family.decoder.config._attn_implementation
+        if attention != ATTENTION_NAME:
+            raise RuntimeError(
+                f"the model's attention was set to {attention!r} within the session, which then "
+                "cannot look again: detach() first, or set it back by model."
+                f"set_attn_implementation({{'text_config': {ATTENTION_NAME!r}}})"
+            )
+        engine, keywords = self.engines[-1], _by_name(module, args, keywords)
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with lasting():
+                return (), engine.before_base(keywords)
+        return (), engine.before_base(keywords)
 
     def _before_decoder(
         self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
@@ -186,9 +239,26 @@ class Attachment:
     def _after_decoder(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401
         return self.engines[-1].after_decoder(output)
 
+    def _after_model(self, *_: Any) -> None:  # noqa: ANN401
+        """Also after an error before the base model was called."""
+        self.engines[-1].forget_labels()
+
     def _after_base(self, *_: Any) -> None:  # noqa: ANN401
         """Also after an error: what was planned for the decoder is not for another call."""
         self.engines[-1].forget_plan()
+
+
+def _refuse_shared(family: Family, own: Attachment | None) -> None:
+    """Raise if another model's session switched the very config that this model reads."""
+    other = _IN_USE.get(id(family.text_config))
+    if other is None or other is own or other._family.text_config is not family.text_config:
+        return
+    if other.engines:
+        raise ValueError(
+            "model shares its config with another model that looks again, and both would read "
+            "each other's settings: detach that session first, or give this model a config of its "
+            "own (copy.deepcopy(config)) when it is made"
+        )
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:

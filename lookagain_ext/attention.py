@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.cache_utils import Cache
 from . import ops
 from .cache import LookAgainLayer, attention_dtype
 from .layer_routing import BackwardProbe, LayerRouting, MassProbe, route_layer
-from .rope import frequencies, layer_frequencies, refuse_unknown_layer, turn
+from .rope import RotaryLayer, frequencies, layer_frequencies, refuse_unknown_layer, turn
 from .visual import VisualContext, is_traced
 
 ATTENTION_NAME = "lookagain"
@@ -156,6 +157,19 @@ def _bounds(mask: Tensor, queries: int, keys: int) -> tuple[Tensor | None, Tenso
     return start.to(torch.int32), length.to(torch.int32)
 
 
+def _plain_frequencies(
+    theta: float, rotary_dim: int, device: torch.device | str | None
+) -> tuple[Tensor, float]:
+    return frequencies(theta, rotary_dim, device), 1.0
+
+
+def _fill_frequencies(module: RoutedAttention, _: Any) -> None:  # noqa: ANN401 - torch's own
+    """After `load_state_dict(assign=True)` on a module without memory, which assigns no buffer."""
+    device = module.q_proj.weight.device
+    if module.inv_freq.is_meta and device.type != "meta":
+        module.inv_freq, _ = module._make_frequencies(device)
+
+
 class RoutedAttention(nn.Module):
     """Grouped-query self-attention that can see visual tokens again.
 
@@ -163,6 +177,9 @@ class RoutedAttention(nn.Module):
     attention; with one, queries also see the re-injected visual tokens at their shifted rotary
     positions, in the same softmax (COPY and ROUTE of Qwen Look Again, arXiv 2505.23558).
     Parameters are named as in transformers' Qwen models.
+
+    Its inverse frequencies `inv_freq` stay float32 and right whatever the module is cast to or
+    loaded from.
 
     Args:
         hidden_size: width of the hidden states.
@@ -228,7 +245,7 @@ class RoutedAttention(nn.Module):
         if qk_norm_eps is not None:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=qk_norm_eps, **made)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=qk_norm_eps, **made)
-        self._set_frequencies(frequencies(rope_theta, self.head_dim, device))
+        self._set_frequencies(partial(_plain_frequencies, rope_theta, self.head_dim), device)
 
     @classmethod
     def from_hf(cls, attention: nn.Module) -> RoutedAttention:
@@ -256,12 +273,38 @@ class RoutedAttention(nn.Module):
         module.head_dim = attention.head_dim
         module.layer_idx = getattr(attention, "layer_idx", 0)
         module.scaling = getattr(attention, "scaling", attention.head_dim**-0.5)
-        module._set_frequencies(*layer_frequencies(attention))
+        device = attention.q_proj.weight.device
+        module._set_frequencies(partial(layer_frequencies, RotaryLayer.of(attention)), device)
         return module.train(attention.training)
 
-    def _set_frequencies(self, inv_freq: Tensor, factor: float = 1.0) -> None:
+    def _set_frequencies(
+        self,
+        make: Callable[[torch.device | str | None], tuple[Tensor, float]],
+        device: torch.device | str | None,
+    ) -> None:
+        self._make_frequencies = make
+        inv_freq, self.rotary_factor = make(device)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.rotary_factor = factor
+        self.register_load_state_dict_post_hook(_fill_frequencies)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutedAttention:
+        """As of any module (`to`, `to_empty`, `half`), but the frequencies keep their values.
+
+        A lower precision would round them, which turns far positions by wrong angles, and no state
+        dict would fill them again where memory comes without values.
+        """
+        before = self.inv_freq
+        super()._apply(fn, recurse)
+        now = self.inv_freq
+        if now is before:
+            return self
+        if now.is_meta:
+            self.inv_freq = now.float()
+        elif before.is_meta:
+            self.inv_freq, _ = self._make_frequencies(now.device)
+        else:
+            self.inv_freq = before.to(now.device)
+        return self
 
     def forward(
         self,

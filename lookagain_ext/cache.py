@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,6 +20,20 @@ CACHE = (
 
 transformers 5.24 renamed `past_key_values` to `cache`, and takes both until 5.40.
 """
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Make tensors that may be written to later on, where inference mode may have ended.
+
+    Not under torch.compile, in whose graphs the mode cannot change; what is written there exists.
+    """
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
+
 
 _GROWTH = 256
 """Slots that a growing cache adds at least, so that it seldom moves."""
@@ -66,11 +82,12 @@ class LookAgainLayer(CacheLayerMixin):
         capacity = self.max_length or new + _GROWTH
         shape = (batch, heads, capacity + self.reserve)
         made = {"dtype": self.dtype, "device": self.device}
-        self.keys = torch.zeros(*shape, size, **made)
-        self.values = torch.zeros(*shape, value_states.shape[-1], **made)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
-        self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.rows = torch.arange(batch, device=self.device)[:, None]
+        with lasting():
+            self.keys = torch.zeros(*shape, size, **made)
+            self.values = torch.zeros(*shape, value_states.shape[-1], **made)
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
+            self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
+            self.rows = torch.arange(batch, device=self.device)[:, None]
         if self.max_length is not None and not torch.compiler.is_compiling():
             for tensor in (self.keys, self.values, self.lengths, self.seen, self.rows):
                 torch._dynamo.mark_static_address(tensor)
@@ -115,8 +132,9 @@ class LookAgainLayer(CacheLayerMixin):
         missing = self.tokens + self.reserve - self.keys.shape[2]
         if missing > 0:
             room = (0, 0, 0, max(missing, self.keys.shape[2] // 2, _GROWTH))
-            self.keys = torch.nn.functional.pad(self.keys, room)
-            self.values = torch.nn.functional.pad(self.values, room)
+            with lasting():
+                self.keys = torch.nn.functional.pad(self.keys, room)
+                self.values = torch.nn.functional.pad(self.values, room)
 
     def _check_room(self, new: int) -> None:
         used, capacity = int(self.lengths.max()), self.keys.shape[2]

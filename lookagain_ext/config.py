@@ -66,6 +66,17 @@ class LookAgainConfig:
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
             hint = f": did you mean {ratio / 100:g}?" if _is_percentage(ratio) else ""
             raise ValueError(f"route_ratio must lie between 0 and 1, got {ratio!r}{hint}")
+        if not isinstance(self.reflection_token, str) or not self.reflection_token:
+            got = self.reflection_token
+            raise ValueError(f"reflection_token must be the text of a token, got {got!r}")
+        number = self.reflection_token_id
+        if number is not None and (type(number) is not int or number < 0):
+            raise ValueError(
+                f"reflection_token_id must be a token's id or None, got {number!r}: an id is an "
+                "integer from 0 on"
+            )
+        if not isinstance(self.track_attention, bool):
+            raise ValueError(f"track_attention must be True or False, got {self.track_attention!r}")
         count = self.max_reinjections
         if type(count) is not int or not 1 <= count <= _MAX_REINJECTIONS:
             raise ValueError(

@@ -6,6 +6,9 @@ embeddings and puts the keywords in, so that the vision tower never meets them.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -40,28 +43,36 @@ class _Plan(NamedTuple):
     capture: Rollout | None = None
 
 
+class _Call(threading.local):
+    """What one hook leaves for the next, in each thread; a copy begins with nothing."""
+
+    labels: Tensor | None = None
+    plan: _Plan | None = None
+    generating = False
+    prompt_length: int | None = None
+    """Tokens of the prompt while generate runs."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Call, ())
+
+
 class Engine:
     """The working part of a session.
 
     Args:
         family: the model, with what is particular to it.
         config: how to look again, with `reflection_token_id` set.
-
-    Attributes:
-        prompt_length: tokens of the prompt while generate runs, else None.
     """
 
     def __init__(self, family: Family, config: LookAgainConfig) -> None:
         self.family = family
         self.config = config
-        self.prompt_length: int | None = None
         if config.backend == "reencode" and config.looks and is_sharded(family.decoder):
             raise ValueError(
                 "backend='reencode' runs extra forwards for some rows only, which hangs when "
                 "parameters are sharded; use backend='virtual' or 'append'"
             )
-        self._labels: Tensor | None = None
-        self._plan: _Plan | None = None
+        self._call = _Call()
         self._latest: Rollout | SequenceForward | None = None
 
     def trace(self) -> Trace | None:
@@ -70,14 +81,34 @@ class Engine:
 
     def note_labels(self, keywords: dict[str, Any]) -> None:
         """Keep the labels that the model with the head was called with."""
-        self._labels = keywords.get("labels")
-        shifted = keywords.get("shift_labels")
-        if self._labels is None and shifted is not None:
-            self._labels = torch.nn.functional.pad(shifted[:, :-1], (1, 0), value=-100)
+        labels, shifted = keywords.get("labels"), keywords.get("shift_labels")
+        if labels is None and shifted is not None:
+            labels = torch.nn.functional.pad(shifted[:, :-1], (1, 0), value=-100)
+        self._call.labels = labels
+
+    def forget_labels(self) -> None:
+        """After the forward of the model with the head, whether it returned or raised."""
+        self._call.labels = None
+
+    @contextmanager
+    def generation(self, running: bool) -> Iterator[None]:
+        """While generate runs in this thread, or within it something that is no part of it."""
+        call = self._call
+        before = call.generating, call.prompt_length
+        call.generating, call.prompt_length = running, None
+        try:
+            yield
+        finally:
+            call.generating, call.prompt_length = before
+
+    def begin_answer(self, prompt_length: int | None) -> None:
+        """Note where the prompt of the running generation ends."""
+        if self._call.generating:
+            self._call.prompt_length = prompt_length
 
     def before_base(self, keywords: dict[str, Any]) -> dict[str, Any]:
         """Before the base model's forward: decide what this call is, and move its positions."""
-        labels, self._labels = self._labels, None
+        labels, self._call.labels = self._call.labels, None
         ids, cache = keywords.get("input_ids"), keywords.get(CACHE)
         if ids is None:
             raise ValueError("input_ids are needed to see reflections, got only inputs_embeds")
@@ -87,17 +118,38 @@ class Engine:
         if state is not None and ids.shape[1] == 1:
             return self._step(keywords, self._rollout_of(cache, state))
         if int(cache.get_seq_length()) == 0:
+            if labels is not None:
+                self._refuse_labels(cache)
+                return self._sequence(keywords, labels)
             return self._prefill(keywords)
         if state is None:
             raise ValueError(
                 f"{CACHE} was filled before look_again was in force: its reflections and "
                 "images are unknown; start with an empty cache"
             )
+        counted = labels is not None and (ids == self.config.reflection_token_id) & (labels != -100)
+        if counted is not False and bool(counted.any()):
+            raise ValueError(
+                f"labels mark a reflection among several tokens given with a filled {CACHE}, where "
+                "they are a prompt and none of them triggers: feed an answer token by token, or "
+                f"give the whole sequence without a {CACHE}"
+            )
         return self._continue(keywords, self._rollout_of(cache, state))
+
+    def _refuse_labels(self, cache: Any) -> None:  # noqa: ANN401 - any cache
+        """Raise unless a forward of whole sequences can fill an empty cache."""
+        real = self.config.backend != "virtual" and self.config.looks
+        if real or _limit(cache) > 0 or isinstance(cache, LookAgainCache):
+            raise ValueError(
+                f"labels with {CACHE}={type(cache).__name__} and backend={self.config.backend!r} "
+                f"are not supported: a forward with labels takes no {CACHE}, or with "
+                "backend='virtual' an empty DynamicCache; without labels this is a prompt, in "
+                "which nothing triggers"
+            )
 
     def before_decoder(self, keywords: dict[str, Any]) -> dict[str, Any]:
         """Before the decoder's forward: put in what the attention needs."""
-        plan, self._plan = self._plan, None
+        plan, self._call.plan = self._call.plan, None
         if plan is None:
             return keywords
         if plan.capture is not None:
@@ -107,12 +159,12 @@ class Engine:
             keywords = plan.forward.prepare(keywords)
         else:
             keywords = {**keywords, **plan.keywords}
-        self._plan = plan
+        self._call.plan = plan
         return keywords
 
     def after_decoder(self, output: Any) -> Any:  # noqa: ANN401 - a model output or a tuple
         """After the decoder's forward: take in the visual mass, give the output its old length."""
-        plan, self._plan = self._plan, None
+        plan, self._call.plan = self._call.plan, None
         if plan is None:
             return output
         if plan.forward is not None:
@@ -126,7 +178,7 @@ class Engine:
 
     def forget_plan(self) -> None:
         """After the base model's forward, whether it returned or raised."""
-        self._plan = None
+        self._call.plan = None
 
     def _step(self, keywords: dict[str, Any], rollout: Rollout) -> dict[str, Any]:
         """One generated token for each row."""
@@ -135,7 +187,7 @@ class Engine:
         if positions is None:
             positions = self.family.positions(keywords, past)
         positions, extra = rollout.step(keywords["input_ids"], _axes(positions), past, cache)
-        self._plan = _Plan(extra, rollout)
+        self._call.plan = _Plan(extra, rollout)
         return {**keywords, "position_ids": positions}
 
     def _prefill(self, keywords: dict[str, Any]) -> dict[str, Any]:
@@ -144,18 +196,14 @@ class Engine:
         positions = keywords.get("position_ids")
         positions = _axes(self.family.positions(keywords) if positions is None else positions)
         mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])
-        if Packing.find(positions, mask, keywords.get("cu_seq_lens_q")) is not None:
-            raise ValueError(
-                f"packed sequences cannot be continued, so they take no {CACHE}: call the model "
-                "without one, with use_cache=False, or generate from a batch with a row for each"
-            )
+        _refuse_packing(Packing.find(positions, mask, keywords.get("cu_seq_lens_q")))
         layout = visual_layout(ids, positions, mask, self.family.visual_token_ids())
         cache = self._own_cache(cache, layout.max_visual)
         rollout = self._open(layout, ids.shape[1], cache)
         rollout.prompt = (ids, positions)
         keywords = self._prompt_part(keywords, cache, rollout, positions, ids.shape[1])
         if not rollout.virtual and self.config.backend == "reencode":
-            self._plan = self._plan._replace(capture=rollout)
+            self._call.plan = self._call.plan._replace(capture=rollout)
         return keywords
 
     def _continue(self, keywords: dict[str, Any], rollout: Rollout) -> dict[str, Any]:
@@ -217,21 +265,24 @@ class Engine:
         if earlier_turns and rollout.virtual and self.config.looks:
             extra["visual_context"] = rollout.context
             extra["layer_selected"] = rollout.layer_selected
-        self._plan = _Plan(extra)
+        self._call.plan = _Plan(extra)
         return {**keywords, "position_ids": positions, CACHE: cache}
 
     def _sequence(self, keywords: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
         """A whole sequence without a cache: training, scoring, or a loop's first call."""
         ids, positions = keywords["input_ids"], keywords.get("position_ids")
-        if labels is None and self.prompt_length is not None:
+        prompt_length = self._call.prompt_length
+        if labels is None and prompt_length is not None:
             labels = ids.clone()  # generate without a cache: only what it wrote triggers
-            labels[:, : self.prompt_length] = -100
+            labels[:, :prompt_length] = -100
         given = positions is not None
         if given and positions.dim() == 2:  # the text's, which tell where packed sequences begin
             positions = positions.expand(4, -1, -1)
         positions = _axes(positions if given else self.family.positions(keywords))
         mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])
         packing, real = Packing.find(positions, mask, keywords.get("cu_seq_lens_q")), None
+        if keywords.get(CACHE) is not None:
+            _refuse_packing(packing)
         if packing is None:
             real = None if mask is None else mask.to(ids.device) != 0
         else:
@@ -242,7 +293,7 @@ class Engine:
         sequence = read_sequence(self.config, layout, ids, positions, labels, real)
         forward = SequenceForward(self.family, self.config, sequence, packing)
         self._latest = forward
-        self._plan = _Plan({}, forward=forward)
+        self._call.plan = _Plan({}, forward=forward)
         if sequence.num_columns or given:
             keywords = {**keywords, "position_ids": forward.positions}
         return keywords
@@ -305,12 +356,34 @@ class Engine:
                     f"{CACHE}=DynamicCache() with the prompt"
                 )
             sequence = state.sequence
-            rollout = self._open(sequence.layout, sequence.positions.shape[-1], cache)
-            rollout.take_over(sequence, state.selected)
+            begun = self._begun_mass(state)
+            length = sequence.positions.shape[-1] - max(sequence.begun)
+            rollout = self._open(sequence.layout, length, cache)
+            rollout.take_over(sequence, state.selected, state.mass, begun)
             setattr(cache, _STATE, rollout)
             state = rollout
         self._latest = state
         return state
+
+    def _begun_mass(self, state: SequenceForward) -> Tensor | None:
+        """Attention of the answers that a forward of whole sequences ended in, where it counts."""
+        begun = state.sequence.begun
+        if not any(begun) or not (self.config.routes or self.config.track_attention):
+            return None
+        if len(set(begun)) > 1:
+            raise ValueError(
+                f"the answers in {CACHE} begin {', '.join(map(str, begun))} tokens before the end "
+                "of its rows: where attention counts (strategy='route' or track_attention) a loop "
+                "goes on only with answers that begin together; begin it with the prompts alone"
+            )
+        mass = state.begun_mass()
+        if mass is None:
+            raise ValueError(
+                f"the attention of the {begun[0]} answer tokens in {CACHE} was not measured, since "
+                "the call that filled it recorded gradients: call the model under torch.no_grad(), "
+                "or begin the loop with the prompts alone"
+            )
+        return mass
 
 
 def _differences(before: LookAgainConfig, now: LookAgainConfig) -> str:
@@ -318,6 +391,14 @@ def _differences(before: LookAgainConfig, now: LookAgainConfig) -> str:
     old, new = before.to_dict(), now.to_dict()
     changed = [name for name in old if old[name] != new[name]]
     return ", ".join(f"{name} was {old[name]!r} and is {new[name]!r}" for name in changed)
+
+
+def _refuse_packing(packing: Packing | None) -> None:
+    if packing is not None:
+        raise ValueError(
+            f"packed sequences cannot be continued, so they take no {CACHE}: call the model "
+            "without one, with use_cache=False, or generate from a batch with a row for each"
+        )
 
 
 def _limit(cache: Any) -> int:  # noqa: ANN401 - any cache

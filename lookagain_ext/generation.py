@@ -32,7 +32,9 @@ def look_again(
     the model made meanwhile looks again too, until a session of its own on it is detached.
 
     While decoding, only generated tokens trigger. In a forward with `labels`, only positions whose
-    label is not -100; in one without labels or cache, those after the last visual token.
+    label is not -100; in one without labels or cache, those after the last visual token. A loop of
+    one's own may begin within an answer: labels tell where it began, for ROUTE's attention and the
+    trace's steps. Threads may call the model at the same time.
 
     Gradients are right also when `backward()` comes after the session has ended, with gradient
     checkpointing by transformers or PyTorch's `checkpoint_wrapper`. If you call
@@ -50,8 +52,9 @@ def look_again(
 
     Raises:
         TypeError: if `model` is not a transformers model or `config` no LookAgainConfig.
-        ValueError: if the family is not supported or the reflection token is not in the
-            vocabulary.
+        ValueError: if the family is not supported, the reflection token is not in the vocabulary
+            or is a placeholder of images, or the model shares its config with another one that
+            looks again.
 
     Example:
         >>> with look_again(model, LookAgainConfig(strategy="copy"), processor) as session:
@@ -67,6 +70,7 @@ def look_again(
     if config.reflection_token_id is None:
         number = find_reflection_token(tokenizer, config.reflection_token)
         config = replace(config, reflection_token_id=number)
+    family.check_token("reflection_token_id", config.reflection_token_id)
     return LookAgainSession(model, family, config)
 
 
@@ -100,7 +104,12 @@ class LookAgainSession:
         self.detach()
 
     def detach(self) -> None:
-        """Give the model back as it was before; once is enough, twice does no harm."""
+        """Give the model back as it was before; once is enough, twice does no harm.
+
+        If the model was compiled (`torch.compile`, or by `generate`), this calls
+        `torch.compiler.reset()`, as `look_again` does: what the whole process has compiled so far
+        is compiled anew when it runs next.
+        """
         self._attachment.leave(self._engine)
 
     @property

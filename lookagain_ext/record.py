@@ -214,11 +214,28 @@ class AttentionRecord:
         self.host_step = None if isinstance(step, Tensor) else step
         if self.host_step is None:
             self.step.copy_(step)
-        elif step >= self.attention.shape[1]:
+        else:
+            self._make_room(step)
+        return self.mass.zero_().unbind()
+
+    def _make_room(self, step: int) -> None:
+        while step >= self.attention.shape[1]:
             self.attention = torch.cat([self.attention, torch.zeros_like(self.attention)], dim=1)
             if self.map is not None:
                 self.map = torch.cat([self.map, torch.zeros_like(self.map)], dim=1)
-        return self.mass.zero_().unbind()
+
+    def carry(self, mass: Tensor) -> None:
+        """Go on after steps that were made elsewhere.
+
+        Args:
+            mass: float32 [B, steps, L_c], the attention of each, summed over layers and heads.
+        """
+        self.host_done = steps = mass.shape[1]
+        self._make_room(steps)
+        self.total += mass.sum(1)
+        self.attention[:, :steps] = mass.sum(-1)
+        if self.map is not None:
+            self.map[:, :steps] = mass
 
     def finish(self) -> None:
         """Take in what the layers added."""

@@ -7,6 +7,7 @@ under `torch.compile(fullgraph=True)` and replays in a CUDA graph.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class Rollout:
         self.prompt: tuple[Tensor, Tensor] | None = None
         self.prompt_length = prompt_length
         self.reencoder: Reencoder | None = None
+        self._static = buffers.static
         device, batch = layout.spans.device, layout.spans.shape[0]
         # Plus the tokens in the cache: a token's step, and its key index.
         self._origin = buffers.zeros("origin", 2, batch)
@@ -236,11 +238,24 @@ class Rollout:
             by_layer: bool [layers, B, L_c] or None.
         """
         values = torch.cat([slot, shift.mT])[..., None]
-        self._columns.copy_(torch.where(chosen, values, self._columns))
+        columns = torch.where(chosen, values, self._columns)
+        if self._is_saved():
+            self._columns = columns.int()
+            self.context = replace(self.context, selected=_copied(self.context.selected))
+            self.layer_selected = _copied(self.layer_selected)
+        else:
+            self._columns.copy_(columns)
         if by_layer is not None:
             put_(self.layer_selected, chosen[..., None], by_layer[:, :, None])
         elif self.context.selected is not None:
             put_(self.context.selected, chosen[..., None], shown[:, None])
+
+    def _is_saved(self) -> bool:
+        """Whether autograd may have saved the columns of earlier steps, which must stay then.
+
+        With a static cache they are written in place: its own keys and values are, too.
+        """
+        return not torch.compiler.is_compiling() and not self._static and torch.is_grad_enabled()
 
     def _append(
         self,
@@ -304,8 +319,28 @@ class Rollout:
         if self.record is not None:
             self.record.restart()
 
-    def take_over(self, sequence: Sequence, selected: Tensor | None) -> None:
-        """Go on from a forward of whole sequences: its re-injections become these columns."""
+    def take_over(
+        self,
+        sequence: Sequence,
+        selected: Tensor | None,
+        mass: Tensor | None,
+        begun: Tensor | None,
+    ) -> None:
+        """Go on from a forward of whole sequences: its re-injections become these columns.
+
+        Args:
+            sequence: the forward's; the rollout was opened at the first token of its answers.
+            selected: bool [B, N, L_c], or None when all tokens are shown.
+            mass: float32 [B, N, L_c], mean attention before each re-injection, or None.
+            begun: float32 [B, steps, L_c], attention of the answers so far, summed over layers and
+                heads, or None where none counts.
+        """
+        self._origin[0] -= torch.tensor(
+            [sequence.positions.shape[-1] - count - self.prompt_length for count in sequence.begun],
+            device=self.offset.device,
+        )
+        if self.record is not None and begun is not None:
+            self.record.carry(begun)
         device, batch = self.offset.device, self.offset.shape[1]
         columns = sequence.num_columns
         shift = torch.zeros(batch, max(map(len, sequence.hits)), dtype=torch.int64, device=device)
@@ -322,7 +357,15 @@ class Rollout:
                 chosen = self.log.count[:, None] % self.config.max_reinjections == self._column
                 self._fill_column(chosen & look, numbers[1:], moved, shown, None)
                 self.offset += self._extent * look
-            self.log.write(hit, self.log.places(hit), torch.cat([numbers, moved.mT]), shown)
+            before, steps = None, numbers[0][:, None]
+            if mass is not None and number < columns:
+                before = mass[:, number] * steps.clamp(min=1) / self.record.share
+            elif begun is not None:
+                # Of a reflection in an earlier answer it is not known.
+                same = (numbers[1] - numbers[0] == self.prompt_length)[:, None]
+                passed = torch.arange(begun.shape[1], device=device) < steps
+                before = torch.where(same, (begun * passed[..., None]).sum(1), torch.nan)
+            self.log.write(hit, self.log.places(hit), torch.cat([numbers, moved.mT]), shown, before)
 
     def trace(self) -> Trace:
         """Copy what happened so far to the host."""
@@ -330,3 +373,7 @@ class Rollout:
         reflections = self.log.read(self.layout.num_visual.tolist(), self.config, share)
         attention, every_token = (None, None) if self.record is None else self.record.read()
         return Trace(reflections, attention, every_token, self.layout.grids)
+
+
+def _copied(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()

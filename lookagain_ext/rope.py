@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +46,36 @@ def refuse_unknown_layer(attention: nn.Module) -> None:
         raise ValueError(f"{kind} has {has}, which is not supported")
 
 
-def layer_frequencies(attention: nn.Module) -> tuple[Tensor, float]:
+class RotaryLayer(NamedTuple):
+    """What tells the rotary frequencies of a Hugging Face attention layer.
+
+    Attributes:
+        config: the decoder's; None where the layer has none.
+        layer_type: which of a config's several rotary embeddings, or None.
+        head_dim: D.
+    """
+
+    config: Any
+    layer_type: str | None
+    head_dim: int
+
+    @classmethod
+    def of(cls, attention: nn.Module) -> RotaryLayer:
+        """Of `self_attn` of a decoder layer, with its `head_dim`."""
+        config, layer_type = getattr(attention, "config", None), None
+        if (kind := getattr(attention, "layer_type", None)) in _parameters(config):
+            layer_type = kind
+        return cls(config, layer_type, attention.head_dim)
+
+
+def layer_frequencies(
+    layer: RotaryLayer, device: torch.device | str | None
+) -> tuple[Tensor, float]:
     """The inverse rotary frequencies of a Hugging Face attention layer.
 
     Args:
-        attention: `self_attn` of a decoder layer, with its `head_dim`; without a `config`, base
-            10000 is taken.
+        layer: the layer's settings; without a `config`, base 10000 is taken.
+        device: where to make them.
 
     Returns:
         (float32 [rotary_dim / 2], factor on cosines and sines).
@@ -58,24 +83,25 @@ def layer_frequencies(attention: nn.Module) -> tuple[Tensor, float]:
     Raises:
         ValueError: if they change with the length, or are of a type unknown to transformers.
     """
-    config, device = getattr(attention, "config", None), attention.q_proj.weight.device
-    rope = getattr(config, "rope_parameters", None) or {}
-    layer_type = getattr(attention, "layer_type", None)
-    if layer_type in rope:
-        rope = rope[layer_type] or {}
-    else:
-        layer_type = None
+    rope = _parameters(layer.config)
+    if layer.layer_type is not None:
+        rope = rope[layer.layer_type] or {}
     kind = rope.get("rope_type", "default")
     if kind == "default":
-        rotary_dim = int(attention.head_dim * rope.get("partial_rotary_factor", 1.0))
+        rotary_dim = int(layer.head_dim * rope.get("partial_rotary_factor", 1.0))
         return frequencies(rope.get("rope_theta", 10000.0), rotary_dim, device), 1.0
     if kind in _CHANGING or kind not in ROPE_INIT_FUNCTIONS:
         raise ValueError(
             f"rotary embeddings of type {kind!r} are not supported: known keys cannot be turned "
             "by frequencies that change with the length or are unknown"
         )
-    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, device, layer_type=layer_type)
+    make = ROPE_INIT_FUNCTIONS[kind]
+    inv_freq, factor = make(layer.config, device, layer_type=layer.layer_type)
     return inv_freq.float(), factor
+
+
+def _parameters(config: Any) -> dict[str, Any]:  # noqa: ANN401 - a class per family
+    return getattr(config, "rope_parameters", None) or {}
 
 
 def frequencies(theta: float, rotary_dim: int, device: torch.device | str | None) -> Tensor:
@@ -107,4 +133,9 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _pairs_neighbours(attention: nn.Module) -> bool:
     """Whether the layer's own file turns features 0 and 1 as a pair, not 0 and D / 2."""
     rotate = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
-    return rotate is not None and rotate(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]
+    return rotate is not None and rotate(torch.arange(4.0, device="cpu")).tolist() != [
+        -2.0,
+        -3.0,
+        0.0,
+        1.0,
+    ]

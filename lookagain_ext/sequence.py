@@ -31,6 +31,8 @@ class Sequence:
         shift: int32 [B, N], rotary offset of each re-injection.
         rows: int32 [B, N, 2], tokens generated before each re-injection.
         counted: bool [B, L], the tokens that could trigger.
+        begun: for each row, the tokens of an answer at its end that labels tell, which later calls
+            may go on with; 0 without labels, which do not tell a prompt's text from an answer.
     """
 
     config: LookAgainConfig
@@ -43,6 +45,14 @@ class Sequence:
     shift: Tensor
     rows: Tensor
     counted: Tensor
+    begun: tuple[int, ...]
+
+    def last_answer(self) -> Tensor:
+        """int32 [B, T, 2], each of the last T tokens as a range, T the longest of `begun`."""
+        length = self.positions.shape[-1]
+        first = torch.arange(length - max(self.begun), length, device=self.index.device)
+        ranges = torch.stack([first, first + 1], dim=-1).to(torch.int32)
+        return ranges.expand(len(self.begun), -1, -1).contiguous()
 
     @property
     def num_columns(self) -> int:
@@ -152,6 +162,7 @@ def read_sequence(
     hits = [row.nonzero().flatten().tolist() for row in mask.cpu()]
     host = counted.cpu()
     begins = [[_run_begin(host[row], index) for index in found] for row, found in enumerate(hits)]
+    begun = tuple(0 if labels is None else length - _run_begin(row, length) for row in host)
     counts = layout.num_visual.tolist()
     looks = [found if config.looks and counts[row] else [] for row, found in enumerate(hits)]
     most = max(map(len, looks))
@@ -184,8 +195,9 @@ def read_sequence(
     weight = torch.ones(positions.shape[0], 1, 1, dtype=torch.int64, device=index.device)
     weight[:-3] = 0
     moved = positions + weight * passed * layout.extent[:, None]
+    shift = shift.to(torch.int32)
     return Sequence(
-        config, layout, hits, begins, index, positions, moved, shift.to(torch.int32), rows, counted
+        config, layout, hits, begins, index, positions, moved, shift, rows, counted, begun
     )
 
 

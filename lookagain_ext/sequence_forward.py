@@ -64,6 +64,7 @@ class SequenceForward:
         self.mass: Tensor | None = None
         self.expansion: Expansion | None = None
         self.probe: MassProbe | None = None
+        self.begun: MassProbe | None = None
         self.backward_probe: BackwardProbe | None = None
 
     def trace(self) -> Trace:
@@ -87,6 +88,10 @@ class SequenceForward:
         # Re-encoded tokens have keys of their own.
         if config.track_attention and config.backend != "reencode":
             extra |= self._probe()
+            extra["visual_context"] = sequence.context(self.family.inv_freq(), None, 0)
+        elif self._continues(keywords):
+            self.begun = MassProbe(sequence.last_answer(), self._total(max(sequence.begun)))
+            extra["mass_probe"] = self.begun
             extra["visual_context"] = sequence.context(self.family.inv_freq(), None, 0)
         if not sequence.num_columns:
             return {**keywords, **extra}
@@ -133,10 +138,34 @@ class SequenceForward:
             self.backward_probe = BackwardProbe(queries, len(counted), width)
             return {"backward_probe": self.backward_probe}
         rows = sequence.each_counted()
-        shape = (*rows.shape[:2], width)
-        total = torch.zeros(shape, dtype=torch.float32, device=rows.device)
-        self.probe = MassProbe(rows, total)
+        self.probe = MassProbe(rows, self._total(rows.shape[1]))
         return {"mass_probe": self.probe}
+
+    def _total(self, ranges: int) -> Tensor:
+        sequence = self.sequence
+        shape = (len(sequence.counted), ranges, sequence.layout.max_visual)
+        return torch.zeros(shape, dtype=torch.float32, device=sequence.index.device)
+
+    def _continues(self, keywords: dict[str, Any]) -> bool:
+        """Whether a loop may go on by ROUTE with an answer that this forward ends in."""
+        config = self.config
+        routes = config.routes and config.route_scope == "model" and config.backend == "virtual"
+        cached = keywords.get("use_cache") is not False and self.packing is None
+        return routes and cached and any(self.sequence.begun) and not torch.is_grad_enabled()
+
+    def begun_mass(self) -> Tensor | None:
+        """Attention of each token of `sequence.begun`, which is the same for all rows.
+
+        Returns:
+            float32 [B, T, L_c], summed over layers and heads; None where it was not measured.
+        """
+        if self.probe is None:
+            return None if self.begun is None else self.begun.total
+        # Of the counted tokens of each row, which stand side by side, the last ones.
+        steps, count = self.sequence.begun[0], self.sequence.counted.sum(1, keepdim=True)
+        place = count - steps + torch.arange(steps, device=count.device)
+        width = self.probe.total.shape[-1]
+        return self.probe.total.gather(1, place[..., None].expand(-1, -1, width))
 
     def _bounds(self) -> dict[str, Any]:
         """Keywords that tell the attention where sequences begin."""

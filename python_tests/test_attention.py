@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
+import pickle
 
 import pytest
 import torch
@@ -238,3 +240,42 @@ def test_function_reads_padding_from_any_mask(form):
     torch.testing.assert_close(out[padding], expected[padding], **CLOSE)
     with pytest.raises(ValueError, match="dropout"):
         lookagain_attention(nn.Identity(), query, key, value, dropout=0.1)
+
+
+@pytest.mark.parametrize("make", ["plain", "from_hf"])
+@torch.no_grad()
+def test_frequencies_keep_their_values(make):
+    """Cast to a lower precision, copied, or read into memory that came without values."""
+    layer = tiny_model(dtype=torch.float32).model.language_model.layers[0].self_attn
+
+    def made():
+        if make == "plain":
+            return RoutedAttention(64, 4, 2, rope_theta=5e5)
+        return RoutedAttention.from_hf(copy.deepcopy(layer))
+
+    torch.manual_seed(0)
+    module = made()
+    exact, weights, hidden = module.inv_freq.clone(), module.state_dict(), torch.randn(2, 9, 64)
+    expected, _ = module(hidden)
+    for kind in (torch.bfloat16, torch.float16, torch.float64):
+        cast = made().to(kind)
+        assert cast.q_proj.weight.dtype == kind
+        assert torch.equal(cast.inv_freq, exact) and cast.inv_freq.dtype == torch.float32
+        assert torch.equal(copy.deepcopy(cast).inv_freq, exact)
+        assert torch.equal(pickle.loads(pickle.dumps(cast)).inv_freq, exact)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)  # fills what is empty with NaN
+    try:
+        emptied = [made().to_empty(device="cpu"), made().to("meta").to_empty(device="cpu")]
+        with torch.device("meta"):
+            other = RoutedAttention(64, 4, 2, rope_theta=5e5) if make == "plain" else made()
+        assert other.inv_freq.dtype == torch.float32
+        emptied.append(other.to_empty(device="cpu"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assigned = made().to("meta").to(torch.bfloat16)
+    assert assigned.inv_freq.is_meta and assigned.inv_freq.dtype == torch.float32
+    for empty in (*emptied, assigned):
+        empty.load_state_dict(weights, assign=empty is assigned)
+        assert torch.equal(empty.inv_freq, exact)
+        torch.testing.assert_close(empty(hidden)[0], expected)

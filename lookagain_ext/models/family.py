@@ -79,6 +79,26 @@ class Family:
         ids = (getattr(self.config, name, None) for name in names)
         return tuple(number for number in ids if number is not None)
 
+    def check_token(self, name: str, number: int) -> None:
+        """Refuse a token that the model can never write.
+
+        Raises:
+            ValueError: if it is not in the vocabulary, or is a placeholder of visual tokens, by
+                the `name` of what holds it.
+        """
+        rows = getattr(self.model.get_input_embeddings(), "num_embeddings", 0)
+        size = max(self.text_config.vocab_size, rows)
+        if number >= size:
+            raise ValueError(
+                f"{name} {number} is not in the model's vocabulary of {size}: it would never be "
+                "written; lookagain_ext.add_reflection_tokens(model, tokenizer) makes room"
+            )
+        if number in self.visual_token_ids():
+            raise ValueError(
+                f"{name} {number} is the model's placeholder of images or videos, which it never "
+                "writes; give the id of a token of its own"
+            )
+
     def inv_freq(self) -> Tensor:
         """float32 [rotary_dim / 2], the decoder's inverse rotary frequencies."""
         return self.decoder.rotary_emb.inv_freq.float()

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._native import native
 from . import _cuda, _cuda_training
 from ._counted_mass import CountedMass
+from ._transforms import refuse_tangents
 
 
 def forward(
@@ -172,6 +173,7 @@ def _op(
     block_table: Tensor | None = None,
     training: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    refuse_tangents()
     tensors = (query, key, value, key_start, key_length, spans, inv_freq, shift, start, selected)
     found = forward(*tensors, None, None, block_table, scale, training=training)
     return _laid_out(found, outputs(_meta(query)))
@@ -179,6 +181,7 @@ def _op(
 
 @_op.register_fake
 def _(query: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    refuse_tangents()
     return outputs(query)
 
 
@@ -199,6 +202,7 @@ def _mass_op(
     scale: float,
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    refuse_tangents()
     tensors = (query, key, value, key_start, key_length, spans, inv_freq, shift, start, selected)
     found = forward(*tensors, visual_mass, mass_from, block_table, scale)
     return _laid_out(found, outputs(_meta(query)))
@@ -206,6 +210,7 @@ def _mass_op(
 
 @_mass_op.register_fake
 def _(query: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    refuse_tangents()
     return outputs(query)
 
 

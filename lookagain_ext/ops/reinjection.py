@@ -16,6 +16,7 @@ from ._checks import (
     check_rows,
     check_tensor,
 )
+from ._transforms import is_transformed
 
 
 def append_visual_(
@@ -62,6 +63,7 @@ def append_visual_(
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if a shape, device, layout or span does not fit, a row has no room, or
             `block_table` has no block for a slot that is read or written; then nothing is written.
+        NotImplementedError: under forward-mode differentiation or a transform of `torch.func`.
         ExtensionError: if the C++ extension is missing.
     """
     if not isinstance(key_cache, Tensor):
@@ -85,6 +87,14 @@ def append_visual_(
     check_rows("rows", rows, key_length, torch.bool)
     if selected is not None:
         check_tensor("selected", selected, (batch, None), torch.bool, key_cache)
+    tensors = (key_cache, value_cache, key_length, spans, shift, inv_freq, selected, rows)
+    if is_transformed(*tensors, block_table):
+        raise NotImplementedError(
+            "append_visual_ works under neither forward-mode differentiation nor torch.func, which "
+            "do not see what it writes to a cache; call it without them"
+        )
+    if key_cache.is_meta:
+        return  # nothing to write
     odd = key_cache.dtype == torch.float64 or key_cache.shape[1] == 0  # no kernel of a GPU's
     if not use_kernels(key_cache.device.type) or (odd and _cuda.on_gpu(key_cache)):
         reference.append_visual_(
@@ -100,7 +110,6 @@ def append_visual_(
         )
         return
     check_kernel_layout(key_cache=key_cache, value_cache=value_cache)
-    tensors = (key_cache, value_cache, key_length, spans, shift, inv_freq, selected, rows)
     traced = is_traced(*tensors, block_table)
     call = torch.ops.lookagain.append_visual_ if traced else _forward
     call(*tensors, block_table, check_room)

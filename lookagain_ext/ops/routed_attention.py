@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import reference
 from ..visual import NEVER, VisualContext, is_traced
@@ -26,9 +27,17 @@ from ._checks import (
     has_kernels,
 )
 from ._counted_mass import CountedMass, counted_packed, counted_queries
+from ._transforms import (
+    is_transformed,
+    refuse_batch,
+    refuse_transform,
+    transformed_backward,
+    transforms,
+)
 from .visual_mass import forward as visual_mass_forward
 
-# `is_traced` would cost a small call too much: its parts stand in `routed_attention`.
+# `is_traced` and `is_transformed` would cost a small call too much: their parts stand in
+# `routed_attention`.
 is_compiling, len_dispatch_stack = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 
 
@@ -61,7 +70,9 @@ def routed_attention(
     row it came from. Neither `visual_mass` nor the log-sum-exp is differentiated. The same inputs
     give the same bits, on a GPU those of gradients where torch is asked for deterministic
     algorithms (`torch.use_deterministic_algorithms`), which take two to three times as long there,
-    or where our own kernels are chosen (`LOOKAGAIN_CUDA_TRAINING=kernels`).
+    or where our own kernels are chosen (`LOOKAGAIN_CUDA_TRAINING=kernels`). Where forward-mode
+    differentiation or a transform of `torch.func` follows an argument, the reference in plain
+    PyTorch runs, with all logits in memory.
 
     Args:
         query: [B, H_q, L_q, D], float32, bfloat16, float16 or (CPU) float64; any strides with a
@@ -106,6 +117,8 @@ def routed_attention(
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if a shape, device, layout or index does not fit; the message names it. Also
             if `block_table` has no block for a slot that is read, or a gradient is wanted with it.
+        NotImplementedError: if `mass_in_backward` stands under forward-mode differentiation or a
+            transform of `torch.func`; in the backward, if it comes from `is_grads_batched`.
         ExtensionError: if the C++ extension is missing.
 
     Example:
@@ -127,10 +140,13 @@ def routed_attention(
         is_compiling()
         or len_dispatch_stack()
         or not (type(query) is type(key) is type(value) is Tensor)
+        or forward_ad._current_level >= 0
+        or transforms() is not None
         or not has_kernels(query)
     ):
         _check(*arguments)
-        if not is_compiling() and not has_kernels(query):
+        traced = is_compiling() or is_traced(query, key, value) or query.is_meta
+        if not is_compiling() and _by_reference(*arguments):
             return reference.routed_attention(
                 query,
                 key,
@@ -144,7 +160,7 @@ def routed_attention(
                 block_table=block_table,
                 return_lse=return_lse,
             )
-        out, lse = _traced(*arguments)
+        out, lse = _traced(*arguments) if traced else _eager(*arguments, return_lse)
     else:
         try:
             out, lse = _eager(*arguments, return_lse)
@@ -155,6 +171,25 @@ def routed_attention(
             _check(*arguments)
             raise
     return (out, lse.float()) if return_lse else out
+
+
+def _by_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_start: Tensor | None,
+    key_length: Tensor | None,
+    visual: VisualContext | None,
+    visual_mass: Tensor | None,
+    mass_from: Tensor | None,
+    block_table: Tensor | None,
+    _: float | None,
+) -> bool:
+    """Whether the reference computes an eager call: no kernel can, and there are values."""
+    limits = (key_start, key_length, mass_from, block_table)
+    if is_transformed(query, key, value, visual_mass, *limits, *_fields(visual)):
+        return True
+    return not has_kernels(query) and not query.is_meta
 
 
 def _counting_in_backward(
@@ -173,6 +208,8 @@ def _counting_in_backward(
     """The attention of a call whose mass is added up in its backward; all arguments checked."""
     fields = _fields(visual)
     _refuse_tracing(query, key, value, visual_mass, mass_queries, *fields)
+    if query.is_meta:  # there is nothing to count
+        return _traced(query, key, value, key_start, key_length, visual, None, None, None, scale)
     if not has_kernels(query):
         return reference.routed_attention(
             query,
@@ -199,6 +236,8 @@ def _counting_in_backward(
 
 
 def _refuse_tracing(*tensors: Tensor | None) -> None:
+    if is_transformed(*tensors):
+        refuse_transform(mass_in_backward=True)
     if is_traced(*tensors):
         raise ValueError(
             "mass_in_backward does not work under torch.compile or another tracer, which would "
@@ -233,7 +272,8 @@ def _packed_attention(
     together = has_kernels(query) and _cuda.on_gpu(query)
     training = _wants_grad(query, key, value)
     together = together and _cuda_training.takes(query, key, value, None, scale, training)
-    if not together or is_traced(query, key, value, visual_mass, *_fields(visual)):
+    tensors = (query, key, value, visual_mass, *_fields(visual))
+    if not together or is_traced(*tensors) or is_transformed(*tensors):
         outs, sums = [], []
         for number, one in enumerate(heads):
             if one[0].shape[2] == 0:
@@ -407,7 +447,8 @@ def _add_mass(
     fields, limits = (spans, inv_freq, shift, start, selected), (key_start, key_length)
     first = query.new_zeros(query.shape[0], dtype=torch.int32) if mass_from is None else mass_from
     rows = torch.stack([first, torch.full_like(first, NEVER)], -1)[:, None]
-    call = torch.ops.lookagain.visual_mass if is_traced(query, key, lse) else visual_mass_forward
+    traced = query.is_meta or is_traced(query, key, lse)
+    call = torch.ops.lookagain.visual_mass if traced else visual_mass_forward
     tensors = (query.detach(), key.detach(), rows, mass.shape[-1], lse.detach(), *limits, *fields)
     with torch.no_grad():
         mass += call(*tensors, scale)[:, 0]
@@ -429,6 +470,10 @@ class _RoutedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         *tensors, out, lse = ctx.saved_tensors
+        refuse_batch(grad_out)
+        if is_transformed(grad_out):
+            refuse_transform(cu_seqlens=ctx.bounds, mass_in_backward=ctx.mass)
+            return (*transformed_backward(grad_out, tensors, ctx.scale), *[None] * 10)
         if is_traced(grad_out):
             if ctx.bounds is not None:
                 raise ValueError(

@@ -12,6 +12,7 @@ from .._native import native, use_kernels
 from ..visual import as_int32, is_integer, is_traced
 from . import _cuda
 from ._checks import check_tensor
+from ._transforms import is_transformed
 
 
 def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def select_visual_tokens(mass: Tensor, ratio: float, num_visual: Tensor) -> Tens
     num_visual = as_int32("num_visual", num_visual)
     if mass.dim() == 3:
         mass = mass.sum(1)
-    if not use_kernels(mass.device.type):
+    if not use_kernels(mass.device.type) or is_transformed(mass, num_visual):
         return reference.select_visual_tokens(mass, ratio, num_visual)
     traced = is_traced(mass, num_visual)
     call = torch.ops.lookagain.select_visual_tokens if traced else _forward

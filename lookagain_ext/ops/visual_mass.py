@@ -21,6 +21,7 @@ from ._checks import (
     check_visual,
     has_kernels,
 )
+from ._transforms import is_transformed
 
 
 def visual_mass(
@@ -75,7 +76,10 @@ def visual_mass(
         check_tensor("lse", lse, tuple(query.shape[:3]), None, query)
         if lse.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"lse must be torch.float32, got {lse.dtype}")
-    if not has_kernels(query):
+    fields = (visual.spans, visual.inv_freq, visual.shift, visual.start, visual.selected)
+    limits = (key_start, key_length)
+    transformed = is_transformed(query, key, rows, lse, *limits, *fields)
+    if transformed or not (has_kernels(query) or query.is_meta):
         return reference.visual_mass(
             query,
             key,
@@ -86,13 +90,17 @@ def visual_mass(
             key_length=key_length,
             lse=lse,
         )
-    check_kernel_layout(query=query, key=key)
+    if not query.is_meta:
+        check_kernel_layout(query=query, key=key)
+    elif visual.selected is None:
+        raise ValueError(
+            "visual.selected is needed on the meta device, where the number of visual tokens, the "
+            "last axis of the result, cannot be read from visual.spans"
+        )
     if lse is not None:
         lse = lse.to(torch.float64 if query.dtype == torch.float64 else torch.float32).contiguous()
     width = _width(visual)
-    fields = (visual.spans, visual.inv_freq, visual.shift, visual.start, visual.selected)
-    limits = (key_start, key_length)
-    traced = is_traced(query, key, rows, lse, *limits, *fields)
+    traced = query.is_meta or is_traced(query, key, rows, lse, *limits, *fields)
     call = torch.ops.lookagain.visual_mass if traced else forward
     return call(query.detach(), key.detach(), rows, width, lse, *limits, *fields, scale)
 
@@ -124,6 +132,7 @@ def _packed_mass(
         check_tensor("lse", lse, tuple(query.shape[:3]), None, query)
     scale = check_scale(scale, query.shape[-1])
     together = lse is None and has_kernels(query) and _cuda.on_gpu(query)
+    together = together and not is_transformed(query, key)
     if together and _cuda_training.takes(query, key, key, None, scale):
         fields = (visual.spans, visual.inv_freq, visual.shift, visual.start, visual.selected)
         limits = (None, None)
