@@ -334,4 +334,6 @@ def _seen_mask(mask: Any, length: int) -> Tensor | None:  # noqa: ANN401 - a ten
     """The two-dimensional mask over the first `length` tokens."""
     if isinstance(mask, dict):
         mask = next(iter(mask.values()))
+    if mask is not None and mask.dim() == 3:  # made by `lookagain_mask`
+        mask = mask[:, 0]
     return None if mask is None else mask[..., :length]
