@@ -101,6 +101,7 @@ class Attachment:
         self._replace("_validate_generation_mode", self._check_mode)
         self._replace("_get_logits_processor", self._logits_processors)
         self._replace("generate", self._generate)
+        self._replace("init_continuous_batching", _refuse_batching)
         _forget_compiled(model)
 
     def _check_mode(self, mode: GenerationMode, *args: Any, **keywords: Any) -> None:  # noqa: ANN401
@@ -189,6 +190,14 @@ class Attachment:
     def _after_base(self, *_: Any) -> None:  # noqa: ANN401
         """Also after an error: what was planned for the decoder is not for another call."""
         self.engines[-1].forget_plan()
+
+
+def _refuse_batching(*_: Any, **__: Any) -> None:  # noqa: ANN401
+    """Continuous batching shares one paged cache among sequences that come and go."""
+    raise ValueError(
+        "generate_batch (continuous batching) is not supported under look_again: use generate, "
+        "with a batch of prompts padded on the left"
+    )
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
