@@ -34,6 +34,12 @@ def look_again(
     While decoding, only generated tokens trigger. In a forward with `labels`, only positions whose
     label is not -100; in one without labels or cache, those after the last visual token.
 
+    In a loop of one's own, a call with a cache and one token is a step, and its token a generated
+    one; several are a prompt, or another turn of one. In generate, what is passed to it is the
+    prompt, but for the last token of an answer that was generated under the session before. A
+    cache may be cropped, reset, and its rows reordered, picked and repeated in between: reflections
+    follow. What cannot be followed is refused, except within compiled steps, which look at nothing.
+
     Gradients are right also when `backward()` comes after the session has ended, with gradient
     checkpointing by transformers or PyTorch's `checkpoint_wrapper`. If you call
     `torch.utils.checkpoint` on parts of the model yourself, call `backward()` within the session.

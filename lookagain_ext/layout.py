@@ -157,6 +157,38 @@ def cached_starts(attention_mask: Tensor | None, length: int) -> Tensor | None:
     return start
 
 
+def check_step_mask(
+    attention_mask: Tensor, past: int | None, key_start: Tensor | None, read: bool
+) -> None:
+    """Refuse a mask at a step that says something else of the cached tokens than is known of them.
+
+    Args:
+        attention_mask: [B, at least past + 1], 0 on padding.
+        past: tokens in the cache, None where the host does not know.
+        key_start: int32 [B], where rows begin; None: none is padded.
+        read: whether the mask's values may be looked at.
+
+    Raises:
+        ValueError: if it has another form, holes, or other padding than the prompt had.
+    """
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask must have shape [B, L] at a step, got {list(attention_mask.shape)}: "
+            "look_again makes its own causal mask, and knows the padding from the prompt's"
+        )
+    if past is None or (attention_mask.shape[1] > past and not read):
+        return
+    start = cached_starts(attention_mask, past + 1)
+    if start is None and key_start is None:
+        return
+    start, key_start = (0 if x is None else x.to(attention_mask.device) for x in (start, key_start))
+    if bool((start != key_start).any()):
+        raise ValueError(
+            "attention_mask begins rows at other tokens than at the prompt, which is not "
+            "supported: give the prompt's mask with a 1 for each token that came since"
+        )
+
+
 def _runs(visual: Tensor) -> list[tuple[int, int]]:
     """(first index, length) of each run of True in a bool [L] on the host."""
     edges = torch.diff(visual.int(), prepend=torch.zeros(1, dtype=torch.int32))
