@@ -39,11 +39,9 @@ class Bookmark:
         if self._keys is not _keys(cache):
             return False
         length = cache.get_seq_length()
-        if not isinstance(length, Tensor):
-            return self.length == length
-        if length.device.type == "cpu":
-            return self.length == int(length)
-        return self.length is not None and self._version == _version(cache)
+        if isinstance(length, Tensor) and not is_host(length):
+            return self.length is not None and self._version == _version(cache)
+        return self.length == int(length)
 
     def rows(self, cache: Any) -> list[int] | None:  # noqa: ANN401 - any cache
         """Which row each row of a cache was before; None if they are what they were.
@@ -74,6 +72,23 @@ class Bookmark:
             "can be reordered, selected and repeated, and its end cropped; for anything else "
             "start with an empty cache"
         )
+
+
+def is_host(length: Tensor) -> bool:
+    """Whether a counter can be read without waiting for a device."""
+    return length.device.type == "cpu"
+
+
+def known_length(length: Tensor | int, mark: Bookmark | None) -> int | None:
+    """Tokens in a cache that was left alone since `mark`, where the host knows.
+
+    Args:
+        length: what `get_seq_length` says, a tensor when the cache has a fixed size.
+        mark: the cache when it was last seen.
+    """
+    if not isinstance(length, Tensor) or is_host(length):
+        return int(length)
+    return None if mark is None else mark.length
 
 
 def _find(row: Tensor, rows: Tensor, first: int) -> int | None:

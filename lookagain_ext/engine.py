@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from .bookmark import Bookmark
+from .bookmark import Bookmark, known_length
 from .cache import CACHE, is_ragged, make_ragged, set_reserve
 from .config import LookAgainConfig
 from .layout import cached_starts, visual_layout
@@ -444,14 +444,8 @@ def _axes(positions: Tensor) -> Tensor:
 
 def _after(rollout: Rollout, past: Tensor | int) -> int | None:
     """Tokens in a cache after a step, where the host knows."""
-    if torch.compiler.is_compiling():
-        return None
-    if not isinstance(past, Tensor):
-        return past + 1
-    if past.device.type == "cpu":
-        return int(past) + 1
-    mark = rollout.bookmark
-    return None if mark is None or mark.length is None else mark.length + 1
+    known = None if torch.compiler.is_compiling() else known_length(past, rollout.bookmark)
+    return None if known is None else known + 1
 
 
 def _left_alone(state: Rollout | _Filled, cache: Any, past: Tensor | int) -> bool:  # noqa: ANN401

@@ -23,6 +23,15 @@ def made(kind: str, model: nn.Module, length: int = 60) -> Any:
     return LookAgainCache(2, max_length=length if kind == "fixed" else None, reserve=80)
 
 
+def crop(cache: Any, count: int) -> None:
+    """Take back the last `count` tokens; before 5.18 static layers could not."""
+    for layer in cache.layers:
+        if hasattr(layer, "crop"):
+            layer.crop(-count)
+        else:
+            layer.cumulative_length.sub_(count)
+
+
 class Loop:
     """A batch that is generated token by token.
 
@@ -61,7 +70,7 @@ class Loop:
 
     def crop(self, count: int) -> None:
         """Take back the last `count` tokens."""
-        self.cache.crop(-count)
+        crop(self.cache, count)
         self.mask, self.last = self.mask[:, :-count], self.last - count
 
     def pick(self, rows: Tensor) -> None:

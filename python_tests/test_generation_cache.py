@@ -7,8 +7,9 @@ import pickle
 
 import pytest
 import torch
-from own_loops import CACHES, Loop, drawn, made
+from own_loops import CACHES, Loop, crop, drawn, made
 from tiny_models import REFLECTION, generate, reflect_at, row_alone, tiny_inputs, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -183,7 +184,7 @@ def test_a_prompt_can_be_cropped(backend, kind):
             trace = session.trace
             loop = Loop(model, inputs, made(kind, model))
             loop.steps(tokens)
-            loop.cache.crop(left - loop.mask.shape[1])
+            crop(loop.cache, loop.mask.shape[1] - left)
             loop.mask, loop.last = place
             found = loop.feed(words), loop.steps(tokens)
             torch.testing.assert_close(found, expected, **CLOSE)
@@ -272,7 +273,7 @@ def test_a_copied_cache_has_its_own_state_and_no_model(backend, kind):
         loop.steps(other)
         for cache in (*copies, original):
             if cache is original:
-                cache.crop(-5)
+                crop(cache, 5)
             loop.cache, loop.mask, loop.last = cache, mask, last
             fresh = Loop(model, inputs, made(kind, model))
             torch.testing.assert_close(
@@ -281,3 +282,44 @@ def test_a_copied_cache_has_its_own_state_and_no_model(backend, kind):
         if backend == "virtual":
             cache = model(**inputs, use_cache=True)[CACHE]
             assert len(pickle.dumps(cache)) < weights / 2
+
+
+class Reads(TorchDispatchMode):
+    """Counts what a GPU would have to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.total += function._schema.name in ("aten::_local_scalar_dense", "aten::nonzero")
+        self.total += function._schema.name == "aten::equal"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("way", VIRTUAL)
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_step_reads_nothing_where_that_would_wait(kind, way, monkeypatch):
+    """And yet a cropped or reset cache is noticed: its counter was written to."""
+    monkeypatch.setattr("lookagain_ext.rollout.is_unread", lambda _: True)
+    monkeypatch.setattr("lookagain_ext.bookmark.is_host", lambda _: False)
+    model, inputs = tiny_model(), tiny_inputs(ROWS)
+    tokens = drawn(2, 6, 1)
+
+    def reads():
+        loop = Loop(model, inputs, made(kind, model))
+        with Reads() as counted:
+            logits = loop.steps(tokens)
+        return counted.total, logits, loop
+
+    monkeypatch.setattr("lookagain_ext.cache.LookAgainLayer._check_room", lambda *_: None)
+    monkeypatch.setattr("lookagain_ext.attention._is_read", lambda _: False)
+    with look_again(model, config(**VIRTUAL[way])):
+        found, expected, loop = reads()
+        assert found == 0
+        loop.crop(6)
+        torch.testing.assert_close(loop.steps(tokens), expected, **CLOSE)
+        loop.cache.reset()
+        if kind != "dynamic":
+            again = Loop(model, inputs, loop.cache).steps(tokens)
+            torch.testing.assert_close(again, expected, **CLOSE)
