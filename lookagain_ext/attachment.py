@@ -143,6 +143,7 @@ class Attachment:
         self._replace("_get_logits_processor", self._logits_processors)
         self._replace("_get_stopping_criteria", self._stopping_criteria)
         self._replace("generate", self._generate)
+        self._replace("init_continuous_batching", _refuse_batching)
         _forget_compiled(model)
 
     def _check_mode(self, mode: GenerationMode, *args: Any, **keywords: Any) -> None:  # noqa: ANN401
@@ -259,6 +260,14 @@ def _refuse_shared(family: Family, own: Attachment | None) -> None:
             "each other's settings: detach that session first, or give this model a config of its "
             "own (copy.deepcopy(config)) when it is made"
         )
+
+
+def _refuse_batching(*_: Any, **__: Any) -> None:  # noqa: ANN401
+    """Continuous batching shares one paged cache among sequences that come and go."""
+    raise ValueError(
+        "generate_batch (continuous batching) is not supported under look_again: use generate, "
+        "with a batch of prompts padded on the left"
+    )
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:

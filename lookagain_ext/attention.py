@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from . import ops
 from .cache import LookAgainLayer, attention_dtype
 from .layer_routing import BackwardProbe, LayerRouting, MassProbe, route_layer
+from .layout import key_starts
 from .rope import RotaryLayer, frequencies, layer_frequencies, refuse_unknown_layer, turn
 from .visual import VisualContext, is_traced
 
@@ -40,6 +41,8 @@ def lookagain_attention(
     mass_probe: MassProbe | None = None,
     backward_probe: BackwardProbe | None = None,
     cu_seq_lens_q: Tensor | Sequence[int] | None = None,
+    cache_position: Tensor | None = None,
+    sliding_window: int | None = None,
     **_: Any,  # noqa: ANN401 - every model passes keywords of its own
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls under the name "lookagain".
@@ -52,8 +55,9 @@ def lookagain_attention(
         query: [B, H_q, L_q, D], rotary embedding applied.
         key: [B, H_kv, L_k, D], as the cache returned it.
         value: [B, H_kv, L_k, D].
-        attention_mask: None, [B, L] (0 on padding) or [B, 1, L_q, L_k]; only the padding is read
-            from it, and only when `key_start` is not given.
+        attention_mask: None, [B, L] (0 on padding), what `lookagain_mask` makes, or
+            [B, 1, L_q, L_k]; only the padding and the keys in use are read from it, and only when
+            neither `key_start` nor `key_length` is given.
         scaling: factor on the logits; default 1 / sqrt(D).
         dropout: must be 0.
         visual_context: visual tokens and their re-injections.
@@ -61,7 +65,9 @@ def lookagain_attention(
             layer's.
         layer_routing: chooses the selection inside this layer (full forward).
         key_start: int32 [B], first key of each row.
-        key_length: int32 [B], keys of each row; default L_k.
+        key_length: int32 [B], keys of each row. By default what the mask tells, else
+            `cache_position`, else L_k: a buffer with room to spare, given with nothing that tells
+            how much of it is used, is taken to be full.
         visual_mass: float32 [B, H_kv, L_c] of each layer, or this layer's alone; added to in place.
         mass_probe: collects visual mass over ranges of queries.
         backward_probe: collects it in the backward, in place of `visual_mass`; a layer that is
@@ -69,20 +75,27 @@ def lookagain_attention(
         cu_seq_lens_q: [S + 1], bounds of sequences packed without padding into the B · L tokens,
             under transformers' name for them; what has a row for each of B otherwise has one for
             each sequence then. As a tuple of int, no layer waits for a device to read it.
+        cache_position: int [L_q], key indices of the queries, as older models pass it.
+        sliding_window: must be None.
 
     Returns:
         (out [B, L_q, H_q, D], None): there are no attention weights.
 
     Raises:
-        ValueError: if dropout is asked for.
+        ValueError: if dropout or a sliding window is asked for, or a mask that can be read has
+            holes, or rows that begin at different keys (packed sequences, windows).
     """
     if dropout:
         raise ValueError(f"attention dropout is not supported, got {dropout}; set it to 0")
+    if sliding_window is not None:
+        raise ValueError(f"sliding windows are not supported, got sliding_window={sliding_window}")
     kind = query.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         query, key, value = (states.to(attention_dtype(states)) for states in (query, key, value))
     if key_start is None and key_length is None and attention_mask is not None:
         key_start, key_length = _bounds(attention_mask, query.shape[2], key.shape[2])
+    if key_length is None and cache_position is not None and query.shape[2] < key.shape[2]:
+        key_length = (cache_position[-1:] + 1).to(torch.int32).expand(query.shape[0]).contiguous()
     if layer_selected is not None:
         visual_context = replace(visual_context, selected=layer_selected[module.layer_idx])
     keywords = {"scale": scaling, "key_start": key_start, "key_length": key_length}
@@ -116,26 +129,52 @@ def lookagain_attention(
 def lookagain_mask(
     *,
     kv_length: int,
+    batch_size: int = 1,
+    q_length: int = 0,
+    q_offset: Tensor | int = 0,
+    kv_offset: Tensor | int = 0,
     attention_mask: Tensor | None = None,
+    device: torch.device | str | None = None,
     **_: Any,  # noqa: ANN401
 ) -> Tensor | None:
-    """The mask function registered under "lookagain": hands the two-dimensional mask on.
+    """The mask function registered under "lookagain": hands on what is padding and what is used.
 
-    The kernels make the causal mask themselves and only need to know the padding. The mask is
-    widened to the length of the cache, so that its shape does not change from step to step when
-    the cache is static.
+    The kernels make the causal mask themselves. They need to know the padding, and how much of a
+    cache of fixed size is in use; the shape then is that of the cache at every step.
 
     Args:
         kv_length: slots of the key cache.
+        batch_size: rows B.
+        q_length: tokens that are fed.
+        q_offset: tokens in the cache before them; a tensor when its size is fixed.
+        kv_offset: first key that the cache still holds.
         attention_mask: [B, L], 0 on padding, or None.
+        device: of the mask, where there is none yet.
 
     Returns:
-        bool [B, kv_length], or None.
+        The mask as it came when all slots are in use, None included. Else bool [B, 2, kv_length]:
+        what is no padding, and what is in use.
+
+    Raises:
+        ValueError: if the cache is a sliding one, or a mask on the CPU has holes.
     """
-    if attention_mask is None or attention_mask.shape[-1] >= kv_length:
+    if not isinstance(kv_offset, Tensor) and kv_offset:
+        raise ValueError("sliding-window caches are not supported: use a DynamicCache()")
+    if attention_mask is not None and attention_mask.dim() != 2:
         return attention_mask
-    missing = kv_length - attention_mask.shape[-1]
-    return nn.functional.pad(attention_mask, (0, missing), value=True)
+    if _is_read(attention_mask):
+        key_starts(attention_mask)  # refuses holes
+    if not isinstance(q_offset, Tensor) and kv_length <= q_offset + q_length:
+        return attention_mask
+    if attention_mask is not None:
+        batch_size, device = attention_mask.shape[0], attention_mask.device
+    if isinstance(q_offset, Tensor):
+        device = q_offset.device if device is None else device
+    used = torch.arange(kv_length, device=device) < q_offset + q_length
+    used = used.expand(batch_size, -1)
+    real = used if attention_mask is None else attention_mask[:, :kv_length].bool()
+    missing = kv_length - real.shape[1]
+    return torch.stack([nn.functional.pad(real, (0, missing), value=True), used], dim=1)
 
 
 AttentionInterface.register(ATTENTION_NAME, lookagain_attention)
@@ -147,13 +186,35 @@ def _one_row(states: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)
 
 
+def _is_read(mask: Tensor | None) -> bool:
+    """Whether Python may look at a mask: nothing is traced, and no device is waited for."""
+    return mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _bounds(mask: Tensor, queries: int, keys: int) -> tuple[Tensor | None, Tensor | None]:
-    """(key_start, key_length) of each row from a padding mask or from the last query's row."""
+    """(key_start, key_length) of each row from a mask of any form."""
     if mask.dim() == 2:
         return mask.int().argmax(-1).to(torch.int32), None
-    last = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] > -1.0
-    start = last.int().argmax(-1)
-    length = last.shape[-1] - last.flip(-1).int().argmax(-1)
+    if mask.dim() == 3:
+        real, used = mask.unbind(1)
+        return real.int().argmax(-1).to(torch.int32), used.sum(-1, dtype=torch.int32)
+    first, last = (mask[:, 0, at] for at in (0, -1))
+    if mask.dtype != torch.bool:
+        first, last = first > -1.0, last > -1.0
+    start, ends = last.int().argmax(-1), [_end(last)]
+    if queries > 1:
+        # The last query of a row that is padded on the right sees less than its own key; the first
+        # one of a row that is padded on the left sees nothing.
+        ends.append(torch.where(first.any(-1), _end(first) + queries - 1, 0))
+    length = torch.stack(ends).amax(0).clamp(max=keys)
+    if _is_read(mask):
+        holes = (last.sum(-1) != _end(last) - start) & last.any(-1)
+        other = first.any(-1) & (first.int().argmax(-1) != start)
+        if bool((holes | other).any()):
+            raise ValueError(
+                "attention_mask must be causal with padding at one end of a row: it has holes, or "
+                "windows, or several sequences in a row"
+            )
     return start.to(torch.int32), length.to(torch.int32)
 
 
@@ -168,6 +229,28 @@ def _fill_frequencies(module: RoutedAttention, _: Any) -> None:  # noqa: ANN401 
     device = module.q_proj.weight.device
     if module.inv_freq.is_meta and device.type != "meta":
         module.inv_freq, _ = module._make_frequencies(device)
+
+
+def _end(row: Tensor) -> Tensor:
+    """int64 [B], one past the last True of bool [B, L_k]; L_k when there is none."""
+    return row.shape[-1] - row.flip(-1).int().argmax(-1)
+
+
+def _used_keys(layer: Any, key: Tensor) -> Tensor | None:  # noqa: ANN401 - any cache layer
+    """int32 [B], keys that a cache layer holds in `key`, which it returned; None: all of them."""
+    if isinstance(layer, LookAgainLayer):
+        return layer.lengths
+    if getattr(layer, "is_sliding", False):
+        raise ValueError(
+            f"{type(layer).__name__} is not supported: a sliding window drops keys; use a "
+            "DynamicCache() or a StaticCache without one"
+        )
+    used, batch = layer.get_seq_length(), key.shape[0]
+    if isinstance(used, Tensor):
+        return used.to(device=key.device, dtype=torch.int32).expand(batch).contiguous()
+    if used < key.shape[2]:
+        return torch.full((batch,), used, dtype=torch.int32, device=key.device)
+    return None
 
 
 class RoutedAttention(nn.Module):
@@ -346,9 +429,12 @@ class RoutedAttention(nn.Module):
         query, key = turn(query, cos, sin).transpose(1, 2), turn(key, cos, sin).transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-            layer = cache.layers[self.layer_idx]
-            if isinstance(layer, LookAgainLayer) and keywords.get("key_length") is None:
-                keywords["key_length"] = layer.lengths
+            if keywords.get("key_length") is None:
+                used = _used_keys(cache.layers[self.layer_idx], key)
+                if used is not None and "key_start" not in keywords and attention_mask is not None:
+                    queries, keys = query.shape[2], key.shape[2]
+                    keywords["key_start"], _ = _bounds(attention_mask, queries, keys)
+                keywords["key_length"] = used
         out, _ = lookagain_attention(
             self, query, key, value, attention_mask, self.scaling, **keywords
         )

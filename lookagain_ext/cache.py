@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,7 @@ class LookAgainLayer(CacheLayerMixin):
     """
 
     is_compileable = True
+    is_croppable = True
     is_sliding = False
 
     def __init__(self, max_length: int | None, reserve: int) -> None:
@@ -167,6 +169,34 @@ class LookAgainLayer(CacheLayerMixin):
             self.seen.zero_()
             self.tokens = 0
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens away.
+
+        Re-injected rows among them go as well when look_again next sees the cache, which knows
+        where they are; the buffers stay.
+
+        Args:
+            tokens_to_remove: minus their number, as transformers' layers take it.
+
+        Raises:
+            ValueError: if it is positive, or there are fewer tokens.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "tokens_to_remove must be minus the number of tokens to take away, got "
+                f"{tokens_to_remove}"
+            )
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        if -tokens_to_remove > int(self.get_seq_length()):
+            raise ValueError(
+                f"tokens_to_remove is {tokens_to_remove}, and the cache has only "
+                f"{int(self.get_seq_length())} tokens"
+            )
+        self.tokens += tokens_to_remove if self.max_length is None else 0
+        self.lengths += tokens_to_remove
+        self.seen += tokens_to_remove
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i become what row `beam_idx[i]` was."""
         self._pick(beam_idx.to(self.device))
@@ -232,13 +262,7 @@ class LookAgainCache(Cache):
         Raises:
             ValueError: if the cache has a `max_length` and was allocated with less.
         """
-        for layer in self.layers:
-            if reserve > layer.reserve and layer.is_initialized and layer.max_length is not None:
-                raise ValueError(
-                    f"the cache was allocated with reserve={layer.reserve}, and {reserve} slots "
-                    f"are needed for re-injected rows; make a new one with reserve={reserve}"
-                )
-            layer.reserve = max(layer.reserve, reserve)
+        set_reserve(self, reserve)
 
     def lengths(self) -> Tensor:
         """int32 [B], used slots of each row, re-injected rows included."""
@@ -246,4 +270,33 @@ class LookAgainCache(Cache):
 
     def row(self, number: int) -> Cache:
         """A cache of one row that writes into this one; its tokens count as re-injected."""
-        return Cache(layers=[layer.row(number) for layer in self.layers])
+        return row_of(self, number)
+
+
+def is_ragged(cache: Any) -> bool:  # noqa: ANN401 - any cache
+    """Whether the rows of a cache differ in length: a LookAgainCache, or one made into one."""
+    return len(cache) > 0 and isinstance(cache.layers[0], LookAgainLayer)
+
+
+def make_ragged(cache: Cache, num_layers: int) -> None:
+    """Let an empty cache that grows hold rows that differ in length, as a LookAgainCache does.
+
+    In place, so that the one whose cache it is finds it filled.
+    """
+    cache.layers[:] = [LookAgainLayer(None, 0) for _ in range(num_layers)]
+
+
+def set_reserve(cache: Cache, reserve: int) -> None:
+    """See `LookAgainCache.set_reserve`; of any ragged cache."""
+    for layer in cache.layers:
+        if reserve > layer.reserve and layer.is_initialized and layer.max_length is not None:
+            raise ValueError(
+                f"the cache was allocated with reserve={layer.reserve}, and {reserve} slots "
+                f"are needed for re-injected rows; make a new one with reserve={reserve}"
+            )
+        layer.reserve = max(layer.reserve, reserve)
+
+
+def row_of(cache: Cache, number: int) -> Cache:
+    """See `LookAgainCache.row`; of any ragged cache."""
+    return Cache(layers=[layer.row(number) for layer in cache.layers])

@@ -14,17 +14,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
-from .cache import CACHE, LookAgainCache
+from .bookmark import Bookmark, known_length
+from .cache import CACHE, is_ragged, make_ragged, set_reserve
 from .config import LookAgainConfig
-from .layout import key_starts, visual_layout
+from .layout import cached_starts, visual_layout
 from .models import Family
 from .packing import Packing
 from .record import Buffers, DecoderShape
 from .reencode import is_sharded
 from .rollout import Rollout
-from .sequence import read_sequence
+from .sequence import Sequence, read_sequence
 from .sequence_forward import SequenceForward
 from .trace import Trace
 
@@ -35,12 +36,37 @@ _BUFFERS = "_lookagain_buffers"
 
 
 class _Plan(NamedTuple):
-    """What the decoder's hook is to do in the forward that the base model's hook saw begin."""
+    """What the decoder's hook is to do in the forward that the base model's hook saw begin.
+
+    Attributes:
+        keywords: for the decoder.
+        rollout: whose step it is.
+        forward: what runs whole sequences.
+        capture: who wants the prompt's embeddings.
+        filled: (state, its cache, tokens in it afterwards, or None where the host does not know).
+    """
 
     keywords: dict[str, Any]
     rollout: Rollout | None = None
     forward: SequenceForward | None = None
     capture: Rollout | None = None
+    filled: tuple[Rollout, Any, int | None] | None = None
+
+
+class _Filled(NamedTuple):
+    """State of a cache that a forward of whole sequences has filled.
+
+    Without that forward, which holds the model: a cache may be copied.
+    """
+
+    config: LookAgainConfig
+    sequence: Sequence
+    selected: Tensor | None
+    mass: Tensor | None
+    begun_mass: Tensor | None
+    packed: bool
+    padding_mask: Tensor | None
+    bookmark: Bookmark
 
 
 class _Call(threading.local):
@@ -112,12 +138,16 @@ class Engine:
         ids, cache = keywords.get("input_ids"), keywords.get(CACHE)
         if ids is None:
             raise ValueError("input_ids are needed to see reflections, got only inputs_embeds")
-        state = getattr(cache, _STATE, None)
         if cache is None:
             return self._sequence(keywords, labels)
-        if state is not None and ids.shape[1] == 1:
-            return self._step(keywords, self._rollout_of(cache, state))
-        if int(cache.get_seq_length()) == 0:
+        if not isinstance(cache, Cache):
+            raise ValueError(
+                f"{CACHE} must be a cache of transformers' or a LookAgainCache, got "
+                f"{type(cache).__name__}, which is not supported under look_again"
+            )
+        state, past = getattr(cache, _STATE, None), cache.get_seq_length()
+        alone = state is not None and ids.shape[1] == 1 and _left_alone(state, cache, past)
+        if not alone and int(past) == 0:
             if labels is not None:
                 self._refuse_labels(cache)
                 return self._sequence(keywords, labels)
@@ -127,6 +157,20 @@ class Engine:
                 f"{CACHE} was filled before look_again was in force: its reflections and "
                 "images are unknown; start with an empty cache"
             )
+        rollout = self._rollout_of(cache, state)
+        if not alone:
+            rollout = self._follow(rollout, cache)
+        self._latest = rollout
+        rows, batch = ids.shape[0], rollout.appended.shape[0]
+        if rows != batch:
+            raise ValueError(
+                f"input_ids must have a row for each of the {batch} that {CACHE} holds, got {rows}"
+            )
+        generated = rollout.answering
+        if generated is None:
+            generated = self._call.prompt_length is None
+        if ids.shape[1] == 1 and generated:
+            return self._step(keywords, rollout)
         counted = labels is not None and (ids == self.config.reflection_token_id) & (labels != -100)
         if counted is not False and bool(counted.any()):
             raise ValueError(
@@ -134,12 +178,12 @@ class Engine:
                 "they are a prompt and none of them triggers: feed an answer token by token, or "
                 f"give the whole sequence without a {CACHE}"
             )
-        return self._continue(keywords, self._rollout_of(cache, state))
+        return self._continue(keywords, rollout)
 
     def _refuse_labels(self, cache: Any) -> None:  # noqa: ANN401 - any cache
         """Raise unless a forward of whole sequences can fill an empty cache."""
         real = self.config.backend != "virtual" and self.config.looks
-        if real or _limit(cache) > 0 or isinstance(cache, LookAgainCache):
+        if real or _limit(cache) > 0 or is_ragged(cache):
             raise ValueError(
                 f"labels with {CACHE}={type(cache).__name__} and backend={self.config.backend!r} "
                 f"are not supported: a forward with labels takes no {CACHE}, or with "
@@ -153,7 +197,7 @@ class Engine:
         if plan is None:
             return keywords
         if plan.capture is not None:
-            plan.capture.keep_embeddings(self.family.decoder, keywords)
+            plan.capture.keep_embeddings(keywords)
         if plan.forward is not None:
             # May call the decoder itself; those calls find no plan and pass through.
             keywords = plan.forward.prepare(keywords)
@@ -170,10 +214,15 @@ class Engine:
         if plan.forward is not None:
             output = plan.forward.finish(output)
             cache = getattr(output, CACHE, None)
-            if cache is not None:
-                setattr(cache, _STATE, plan.forward)
+            if cache is not None and len(cache):
+                setattr(cache, _STATE, self._filled(plan.forward, cache))
         elif plan.rollout is not None:
             plan.rollout.finish_step()
+        if plan.filled is not None:
+            state, cache, length = plan.filled
+            state.bookmark = None
+            if not torch.compiler.is_compiling():
+                state.bookmark = Bookmark(cache, length)
         return output
 
     def forget_plan(self) -> None:
@@ -182,12 +231,13 @@ class Engine:
 
     def _step(self, keywords: dict[str, Any], rollout: Rollout) -> dict[str, Any]:
         """One generated token for each row."""
-        cache = keywords[CACHE]
+        cache, ids = keywords[CACHE], keywords["input_ids"]
         past, positions = cache.get_seq_length(), keywords.get("position_ids")
+        rollout.check_mask(_plain_mask(keywords.get("attention_mask")), past)
         if positions is None:
             positions = self.family.positions(keywords, past)
-        positions, extra = rollout.step(keywords["input_ids"], _axes(positions), past, cache)
-        self._call.plan = _Plan(extra, rollout)
+        positions, extra = rollout.step(ids, _axes(positions), past, cache, self.family.decoder)
+        self._call.plan = _Plan(extra, rollout, filled=(rollout, cache, _after(rollout, past)))
         return {**keywords, "position_ids": positions}
 
     def _prefill(self, keywords: dict[str, Any]) -> dict[str, Any]:
@@ -197,10 +247,11 @@ class Engine:
         positions = _axes(self.family.positions(keywords) if positions is None else positions)
         mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])
         _refuse_packing(Packing.find(positions, mask, keywords.get("cu_seq_lens_q")))
+        cached_starts(mask, ids.shape[1])
         layout = visual_layout(ids, positions, mask, self.family.visual_token_ids())
-        cache = self._own_cache(cache, layout.max_visual)
+        self._prepare_cache(cache, layout.max_visual)
         rollout = self._open(layout, ids.shape[1], cache)
-        rollout.prompt = (ids, positions)
+        rollout.prompt = (ids, positions[-3:])
         keywords = self._prompt_part(keywords, cache, rollout, positions, ids.shape[1])
         if not rollout.virtual and self.config.backend == "reencode":
             self._call.plan = self._call.plan._replace(capture=rollout)
@@ -212,39 +263,50 @@ class Engine:
         past = int(cache.get_seq_length())
         positions = keywords.get("position_ids")
         positions = _axes(self.family.positions(keywords, past) if positions is None else positions)
+        count, total = ids.shape[1], past + ids.shape[1]
+        mask = _plain_mask(keywords.get("attention_mask"))
+        start = cached_starts(mask, total)
         visual = torch.tensor(self.family.visual_token_ids(), device=ids.device)
+        # The last token of an answer is fed with what comes after it.
+        hit = ids[:, 0] == self.config.reflection_token_id
+        reflects = rollout.answering is True and bool(hit.any())
+        reflected = reflects or bool(rollout.log.count.any())
         if bool(torch.isin(ids, visual).any()):
             if self.config.backend == "reencode" and self.config.looks:
                 raise ValueError("backend='reencode' needs the whole prompt in one forward")
-            if rollout.prompt is None or bool(rollout.log.count.any()):
+            if rollout.prompt is None or reflected:
                 raise ValueError(
                     "a new image after a reflection needs a new generation: give the whole "
                     "conversation and an empty cache"
                 )
-            old_ids, old_positions = rollout.prompt
-            ids = torch.cat([old_ids, ids], dim=1)
-            positions = positions.expand(old_positions.shape[0], -1, -1)
-            whole = torch.cat([old_positions, positions], dim=-1)
-            mask = _seen_mask(keywords.get("attention_mask"), ids.shape[1])
+            ids, whole = self._whole_prompt(rollout, ids, positions, past)
+            mask = None if mask is None else mask[..., :total]
             layout = visual_layout(ids, whole, mask, self.family.visual_token_ids())
-            cache = self._own_cache(cache, layout.max_visual)
-            rollout = self._open(layout, ids.shape[1], cache)
+            self._prepare_cache(cache, layout.max_visual)
+            rollout = self._open(layout, total, cache)
             rollout.prompt = (ids, whole)
         else:
-            if rollout.prompt is not None and not bool(rollout.log.count.any()):
-                old_ids, old_positions = rollout.prompt
-                more = positions.expand(old_positions.shape[0], -1, -1)
-                rollout.prompt = (
-                    torch.cat([old_ids, ids], dim=1),
-                    torch.cat([old_positions, more], dim=-1),
-                )
-            mask = _seen_mask(keywords.get("attention_mask"), past + ids.shape[1])
+            if reflects:
+                decoder = self.family.decoder
+                rollout.reflect(hit, positions[..., :1], past, cache, decoder)
+            if rollout.prompt is not None and not reflected:
+                rollout.prompt = self._whole_prompt(rollout, ids, positions, past)
             if mask is not None:  # a row may have been nothing but padding until now
-                rollout.layout = replace(rollout.layout, key_start=key_starts(mask))
-            rollout.restart(past + ids.shape[1])
+                rollout.layout = replace(rollout.layout, key_start=start)
+            rollout.restart(past + reflects, total)
             positions = positions + rollout.offset[-positions.shape[0] :]
-        count = keywords["input_ids"].shape[1]
-        return self._prompt_part(keywords, cache, rollout, positions, past + count)
+        return self._prompt_part(keywords, cache, rollout, positions[..., -count:], total)
+
+    @staticmethod
+    def _whole_prompt(
+        rollout: Rollout, ids: Tensor, positions: Tensor, past: int
+    ) -> tuple[Tensor, Tensor]:
+        """(ids, positions) of all prompts so far; answers between them are text of any kind."""
+        old_ids, old_positions = rollout.prompt
+        between = (past - old_ids.shape[1], 0)
+        ids = torch.nn.functional.pad(ids, between, value=-1)
+        positions = torch.nn.functional.pad(positions[-3:].expand(3, -1, -1), between)
+        return torch.cat([old_ids, ids], dim=1), torch.cat([old_positions, positions], dim=-1)
 
     def _prompt_part(
         self,
@@ -256,17 +318,19 @@ class Engine:
     ) -> dict[str, Any]:
         setattr(cache, _STATE, rollout)
         self._latest = rollout
+        prompt_length = self._call.prompt_length
+        rollout.answering = None if prompt_length is None else total >= prompt_length
         extra: dict[str, Any] = {"key_start": rollout.layout.key_start}
-        if _limit(cache) > 0 or isinstance(cache, LookAgainCache):
+        if _limit(cache) > 0 or is_ragged(cache):
             batch = rollout.appended.shape[0]
             used = torch.full((batch,), total, dtype=torch.int32, device=positions.device)
             extra["key_length"] = used + rollout.appended
         earlier_turns = total > positions.shape[-1]
         if earlier_turns and rollout.virtual and self.config.looks:
-            extra["visual_context"] = rollout.context
+            extra["visual_context"] = rollout.seen()
             extra["layer_selected"] = rollout.layer_selected
-        self._call.plan = _Plan(extra)
-        return {**keywords, "position_ids": positions, CACHE: cache}
+        self._call.plan = _Plan(extra, filled=(rollout, cache, total))
+        return {**keywords, "position_ids": positions}
 
     def _sequence(self, keywords: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
         """A whole sequence without a cache: training, scoring, or a loop's first call."""
@@ -291,7 +355,7 @@ class Engine:
             labels = None if labels is None else packing.rows(labels, -100)
         layout = visual_layout(ids, positions, mask, self.family.visual_token_ids())
         sequence = read_sequence(self.config, layout, ids, positions, labels, real)
-        forward = SequenceForward(self.family, self.config, sequence, packing)
+        forward = SequenceForward(self.family, self.config, sequence, packing, mask)
         self._latest = forward
         self._call.plan = _Plan({}, forward=forward)
         if sequence.num_columns or given:
@@ -317,21 +381,72 @@ class Engine:
             family.inv_freq(),
         )
 
-    def _own_cache(self, cache: Any, max_visual: int) -> Any:  # noqa: ANN401 - any cache
-        """A cache that can take re-injected rows, in place of generate's empty default."""
+    def _prepare_cache(self, cache: Any, max_visual: int) -> None:  # noqa: ANN401 - any cache
+        """Let a cache take re-injected rows where the backend writes them."""
         if self.config.backend == "virtual" or not self.config.looks:
-            return cache
-        if not isinstance(cache, LookAgainCache):
-            if type(cache) is not DynamicCache:
+            return
+        if not is_ragged(cache):
+            if type(cache) is not DynamicCache or cache.offloading or int(cache.get_seq_length()):
+                offloading = " with offloading" if cache.offloading else ""
                 raise ValueError(
                     f"backend={self.config.backend!r} writes rows into the cache and needs a "
-                    f"LookAgainCache, got {type(cache).__name__}"
+                    f"LookAgainCache, got {type(cache).__name__}{offloading}"
                 )
-            cache = LookAgainCache(self.family.num_layers)
-        cache.set_reserve(self.config.max_reinjections * max_visual)
-        return cache
+            make_ragged(cache, self.family.num_layers)
+        set_reserve(cache, self.config.max_reinjections * max_visual)
 
-    def _rollout_of(self, cache: Any, state: Rollout | SequenceForward) -> Rollout:  # noqa: ANN401
+    def _filled(self, forward: SequenceForward, cache: Any) -> _Filled:  # noqa: ANN401 - any cache
+        length = cache.get_seq_length()
+        return _Filled(
+            self.config,
+            forward.sequence,
+            forward.selected,
+            forward.mass,
+            forward.begun_mass() if len(set(forward.sequence.begun)) == 1 else None,
+            forward.packing is not None,
+            forward.padding_mask,
+            Bookmark(cache, None if isinstance(length, Tensor) else length),
+        )
+
+    def _follow(self, rollout: Rollout, cache: Any) -> Rollout:  # noqa: ANN401 - any cache
+        """Do to the state what was done to its cache since: rows picked, an end cut off."""
+        mark, length = rollout.bookmark, int(cache.get_seq_length())
+        rows = None if mark is None else mark.rows(cache)
+        if rows is not None:
+            rollout.pick(rows)
+        known = None if mark is None else mark.length
+        if known is not None and length > known:
+            raise ValueError(
+                f"{CACHE} has {length} tokens, and look_again saw only {known} of them being fed: "
+                "their reflections are unknown; start with an empty cache"
+            )
+        rollout.bookmark = Bookmark(cache, length)
+        if length == known:
+            return rollout
+        if known is not None:
+            rollout.answering = None
+        spans = rollout.layout.spans
+        if not spans.numel() or int(spans.sum(-1).max()) <= length:
+            rollout.rewind(length, cache)
+            return rollout
+        if rollout.prompt is None or rollout.reencoder is not None:
+            reason = "after a forward without one" if rollout.prompt is None else "under 'reencode'"
+            raise ValueError(
+                f"{CACHE} was cropped to {length} tokens, within or before a picture, which is not "
+                f"supported {reason}; start with an empty cache"
+            )
+        for layer in cache.layers if is_ragged(cache) else ():
+            layer.lengths.fill_(length)
+        ids, positions = (tensor[..., :length] for tensor in rollout.prompt)
+        layout = visual_layout(ids, positions, None, self.family.visual_token_ids())
+        layout = replace(layout, key_start=rollout.layout.key_start)
+        rollout = self._open(layout, length, cache)
+        rollout.prompt = (ids, positions)
+        rollout.bookmark = Bookmark(cache, length)
+        setattr(cache, _STATE, rollout)
+        return rollout
+
+    def _rollout_of(self, cache: Any, state: Rollout | _Filled) -> Rollout:  # noqa: ANN401
         """The state of a cache, made from the forward that filled it where need be."""
         if state.config is not self.config and state.config != self.config:
             raise ValueError(
@@ -339,8 +454,8 @@ class Engine:
                 f"{_differences(state.config, self.config)}; start with an empty cache, or look "
                 "again as before"
             )
-        if isinstance(state, SequenceForward):
-            if state.packing is not None:
+        if isinstance(state, _Filled):
+            if state.packed:
                 raise ValueError(
                     f"{CACHE} holds packed sequences, which cannot be continued: generate from a "
                     "batch with a row for each"
@@ -357,15 +472,16 @@ class Engine:
                 )
             sequence = state.sequence
             begun = self._begun_mass(state)
-            length = sequence.positions.shape[-1] - max(sequence.begun)
-            rollout = self._open(sequence.layout, length, cache)
+            tokens = sequence.positions.shape[-1]
+            cached_starts(state.padding_mask, tokens)
+            rollout = self._open(sequence.layout, tokens - max(sequence.begun), cache)
             rollout.take_over(sequence, state.selected, state.mass, begun)
+            rollout.bookmark = state.bookmark
             setattr(cache, _STATE, rollout)
             state = rollout
-        self._latest = state
         return state
 
-    def _begun_mass(self, state: SequenceForward) -> Tensor | None:
+    def _begun_mass(self, state: _Filled) -> Tensor | None:
         """Attention of the answers that a forward of whole sequences ended in, where it counts."""
         begun = state.sequence.begun
         if not any(begun) or not (self.config.routes or self.config.track_attention):
@@ -376,14 +492,13 @@ class Engine:
                 "of its rows: where attention counts (strategy='route' or track_attention) a loop "
                 "goes on only with answers that begin together; begin it with the prompts alone"
             )
-        mass = state.begun_mass()
-        if mass is None:
+        if state.begun_mass is None:
             raise ValueError(
                 f"the attention of the {begun[0]} answer tokens in {CACHE} was not measured, since "
                 "the call that filled it recorded gradients: call the model under torch.no_grad(), "
                 "or begin the loop with the prompts alone"
             )
-        return mass
+        return state.begun_mass
 
 
 def _differences(before: LookAgainConfig, now: LookAgainConfig) -> str:
@@ -411,8 +526,27 @@ def _axes(positions: Tensor) -> Tensor:
     return positions if positions.dim() == 3 else positions.expand(3, -1, -1)
 
 
-def _seen_mask(mask: Any, length: int) -> Tensor | None:  # noqa: ANN401 - a tensor or a dict
-    """The two-dimensional mask over the first `length` tokens."""
+def _after(rollout: Rollout, past: Tensor | int) -> int | None:
+    """Tokens in a cache after a step, where the host knows."""
+    known = None if torch.compiler.is_compiling() else known_length(past, rollout.bookmark)
+    return None if known is None else known + 1
+
+
+def _left_alone(state: Rollout | _Filled, cache: Any, past: Tensor | int) -> bool:  # noqa: ANN401
+    """Whether nothing was done to a cache since; taken to be so where finding out would wait."""
+    if torch.compiler.is_compiling():
+        return isinstance(past, Tensor) or past > 0
+    return state.bookmark is not None and state.bookmark.is_current(cache)
+
+
+def _plain_mask(mask: Any) -> Tensor | None:  # noqa: ANN401 - a tensor or a dict
+    """The mask as it was given, before transformers or `lookagain_mask` made it ready."""
     if isinstance(mask, dict):
         mask = next(iter(mask.values()))
+    return mask[:, 0] if mask is not None and mask.dim() == 3 else mask
+
+
+def _seen_mask(mask: Any, length: int) -> Tensor | None:  # noqa: ANN401 - a tensor or a dict
+    """The two-dimensional mask over the first `length` tokens."""
+    mask = _plain_mask(mask)
     return None if mask is None else mask[..., :length]

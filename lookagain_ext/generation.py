@@ -36,6 +36,12 @@ def look_again(
     one's own may begin within an answer: labels tell where it began, for ROUTE's attention and the
     trace's steps. Threads may call the model at the same time.
 
+    In a loop of one's own, a call with a cache and one token is a step, and its token a generated
+    one; several are a prompt, or another turn of one. In generate, what is passed to it is the
+    prompt, but for the last token of an answer that was generated under the session before. A
+    cache may be cropped, reset, and its rows reordered, picked and repeated in between: reflections
+    follow. What cannot be followed is refused, except within compiled steps, which look at nothing.
+
     Gradients are right also when `backward()` comes after the session has ended, with gradient
     checkpointing by transformers or PyTorch's `checkpoint_wrapper`. If you call
     `torch.utils.checkpoint` on parts of the model yourself, call `backward()` within the session.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,16 @@ class VisualLayout:
     def context(self, inv_freq: Tensor) -> VisualContext:
         """A visual context of these tokens, without re-injections."""
         return VisualContext.from_spans(self.spans, inv_freq)
+
+    def pick(self, rows: list[int]) -> VisualLayout:
+        """The layout of a batch whose row i is row `rows[i]` of this one."""
+        picked = {
+            name: getattr(self, name)[rows]
+            for name in ("spans", "num_visual", "first_position", "extent")
+        }
+        start = None if self.key_start is None else self.key_start[rows]
+        grids = [self.grids[row] for row in rows]
+        return replace(self, **picked, key_start=start, grids=grids)
 
 
 def visual_layout(
@@ -112,8 +122,71 @@ def key_starts(attention_mask: Tensor | None) -> Tensor | None:
     count = kept.sum(-1)
     first = torch.where(count > 0, first, kept.shape[1])
     if bool((count != (last - first + 1).clamp(min=0)).any()):
-        raise ValueError("attention_mask has holes: pad rows on one side only")
+        raise ValueError(
+            "attention_mask has holes: pad rows on one side only, and on the left where a cache "
+            "is continued"
+        )
     return first.to(torch.int32)
+
+
+def cached_starts(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """As `key_starts`, of tokens that stay in a cache.
+
+    Args:
+        attention_mask: [B, L] or None, L at least `length`; the rest is not looked at.
+        length: tokens in the cache when these are in it.
+
+    Raises:
+        ValueError: also if the mask does not reach over all of them, or a row is padded on the
+            right: what comes next would be fed after its padding.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 2 and attention_mask.shape[1] < length:
+        raise ValueError(
+            "attention_mask must reach over the tokens in the cache and those that are fed, "
+            f"[B, {length}], got {list(attention_mask.shape)}"
+        )
+    mask = attention_mask[..., :length]
+    start = key_starts(mask)
+    if start is not None and bool((mask.bool().any(-1) & ~mask[:, -1].bool()).any()):
+        raise ValueError(
+            "attention_mask pads rows on the right, and the cache would keep the padding between "
+            "them and what follows: pad on the left (padding_side='left')"
+        )
+    return start
+
+
+def check_step_mask(
+    attention_mask: Tensor, past: int | None, key_start: Tensor | None, read: bool
+) -> None:
+    """Refuse a mask at a step that says something else of the cached tokens than is known of them.
+
+    Args:
+        attention_mask: [B, at least past + 1], 0 on padding.
+        past: tokens in the cache, None where the host does not know.
+        key_start: int32 [B], where rows begin; None: none is padded.
+        read: whether the mask's values may be looked at.
+
+    Raises:
+        ValueError: if it has another form, holes, or other padding than the prompt had.
+    """
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask must have shape [B, L] at a step, got {list(attention_mask.shape)}: "
+            "look_again makes its own causal mask, and knows the padding from the prompt's"
+        )
+    if past is None or (attention_mask.shape[1] > past and not read):
+        return
+    start = cached_starts(attention_mask, past + 1)
+    if start is None and key_start is None:
+        return
+    start, key_start = (0 if x is None else x.to(attention_mask.device) for x in (start, key_start))
+    if bool((start != key_start).any()):
+        raise ValueError(
+            "attention_mask begins rows at other tokens than at the prompt, which is not "
+            "supported: give the prompt's mask with a 1 for each token that came since"
+        )
 
 
 def _runs(visual: Tensor) -> list[tuple[int, int]]:

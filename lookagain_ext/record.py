@@ -78,7 +78,7 @@ class ReflectionLog:
         self.tokens = tokens
         self.count = buffers.zeros("count", batch)
         self.column = torch.arange(LOGGED, device=buffers.device)
-        self.numbers = buffers.zeros("log_numbers", 3, batch, LOGGED)
+        self.numbers = buffers.zeros("log_numbers", 4, batch, LOGGED)
         self.shown = self.mass = None
         if with_shown:
             self.shown = buffers.zeros("log_shown", batch, LOGGED, tokens, dtype=torch.bool)
@@ -102,7 +102,8 @@ class ReflectionLog:
         Args:
             hit: bool [B].
             place: bool [B, LOGGED], what `places` says of them.
-            numbers: int64 [3, B]: step, key index and shift.
+            numbers: int64 [4, B]: step, key index, tokens in the cache before it (as the key
+                index, but for re-injected rows), and shift.
             shown: bool [B, L_c], the tokens shown to a row that may look.
             mass: float32 [B, L_c], attention before it, summed over steps, layers and heads.
         """
@@ -123,7 +124,7 @@ class ReflectionLog:
             config: how to look again.
             share: factor on the mass of a step, for the mean over layers and heads.
         """
-        steps, indices, shifts = self.numbers.tolist()
+        steps, indices, _, shifts = self.numbers.tolist()
         kept = None if self.shown is None else self.shown.cpu()
         mass = None if self.mass is None else self.mass.cpu()
         number = torch.arange(self.tokens)
@@ -131,8 +132,9 @@ class ReflectionLog:
         for row, count in enumerate(self.count.tolist()):
             found = []
             for i in range(min(count, LOGGED)):
-                looks = config.keep == "latest" or i < config.max_reinjections
-                shown = number < (num_visual[row] if config.looks and looks else 0)
+                wanted = config.looks and num_visual[row] > 0
+                looked = wanted and (config.keep == "latest" or i < config.max_reinjections)
+                shown = number < (num_visual[row] if looked else 0)
                 if kept is not None:
                     shown &= kept[row, i]
                 before = None if mass is None else mass[row, i] * share / max(steps[row][i], 1)
@@ -140,16 +142,37 @@ class ReflectionLog:
                     Reflection(
                         step=steps[row][i],
                         key_index=indices[row][i],
-                        shift=shifts[row][i],
+                        shift=shifts[row][i] if looked else 0,
                         num_visual=num_visual[row],
                         num_shown=int(shown.sum()),
                         shown=shown,
                         mass_before=before,
-                        ignored=config.looks and num_visual[row] > 0 and not looks,
+                        ignored=wanted and not looked,
                     )
                 )
             rows.append(found)
         return rows
+
+    def kept(self, tokens: int) -> Tensor:
+        """int64 [B], the reflections of each row among the first `tokens` tokens.
+
+        Raises:
+            ValueError: if a row has more reflections than are logged, and may lose some.
+        """
+        logged = self.column < self.count[:, None]
+        count = (logged & (self.numbers[2] < tokens)).sum(-1)
+        if bool(((self.count > LOGGED) & (count >= LOGGED)).any()):
+            raise ValueError(
+                f"a row has more than {LOGGED} reflections, and its cache was cropped: which of "
+                "them are gone is not known; start with an empty cache"
+            )
+        return count
+
+    def pick(self, rows: Tensor) -> None:
+        """Let row i be what row `rows[i]` was."""
+        self.count, self.numbers = self.count[rows], self.numbers[:, rows]
+        self.shown = None if self.shown is None else self.shown[rows]
+        self.mass = None if self.mass is None else self.mass[rows]
 
 
 class AttentionRecord:
@@ -170,6 +193,7 @@ class AttentionRecord:
     Attributes:
         share: factor on a step's mass, for the mean over layers and heads.
         total: float32 [layers, B, L_c], or [B, L_c] for all layers together; sum over the steps.
+        lost: whether `total` still holds steps that were taken back.
     """
 
     def __init__(
@@ -200,6 +224,7 @@ class AttentionRecord:
         self.host_done = 0
         self.step = buffers.zeros("step", 1)
         self.done = buffers.zeros("done", 1)
+        self.lost = False
         self.fold: Tensor | None = None
         if copies:
             self.fold = buffers.zeros("fold", layers, batch, width)
@@ -278,9 +303,34 @@ class AttentionRecord:
         column = column.clamp(0, order.shape[-1] - 1).expand(order.shape[0], -1, -1)
         self.fold.copy_(torch.where(copied, order.gather(-1, column), self.fold))
 
+    def rewind(self, steps: int) -> None:
+        """Take back all but the first `steps` steps."""
+        done = max(self.host_done, int(self.done))
+        if steps >= done:
+            return
+        if steps <= 0:
+            self.restart()
+            return
+        if self.map is not None and not self.by_layer:
+            self.map[:, steps:] = 0
+            self.total.copy_(self.map.sum(1))
+        else:
+            self.lost = True
+        self.attention[:, steps:] = 0
+        self.host_done = min(self.host_done, steps)
+        self.done.clamp_(max=steps)
+
+    def pick(self, rows: Tensor) -> None:
+        """Let row i be what row `rows[i]` was."""
+        self.mass = self.mass[:, rows]
+        self.total = self.total[:, rows] if self.by_layer else self.total[rows]
+        self.attention = self.attention[rows]
+        self.map = None if self.map is None else self.map[rows]
+        self.fold = None if self.fold is None else self.fold[:, rows]
+
     def restart(self) -> None:
         """Count from nothing again."""
-        self.host_done = 0
+        self.host_done, self.lost = 0, False
         for tensor in (self.total, self.attention, self.step, self.done):
             tensor.zero_()
         if self.map is not None:

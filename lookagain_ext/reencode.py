@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
-from .cache import CACHE, LookAgainCache
+from .cache import CACHE, row_of
 from .layout import VisualLayout
 from .sequence import Sequence
 
@@ -33,16 +34,12 @@ class Reencoder:
     """The visual embeddings of a prompt, ready to go through the decoder again.
 
     Args:
-        decoder: the text decoder.
         layout: the prompt's visual tokens.
         positions: int64 [3 or 4, B, L], the prompt's rotary positions.
         keywords: what the base model called the decoder with, for the whole prompt.
     """
 
-    def __init__(
-        self, decoder: nn.Module, layout: VisualLayout, positions: Tensor, keywords: dict[str, Any]
-    ) -> None:
-        self.decoder = decoder
+    def __init__(self, layout: VisualLayout, positions: Tensor, keywords: dict[str, Any]) -> None:
         self.layout = layout
         embeddings = keywords["inputs_embeds"].detach()
         self.rows = [_indices(spans) for spans in layout.spans.tolist()]
@@ -55,12 +52,24 @@ class Reencoder:
                 features.detach().split(counts) for features in keywords["deepstack_visual_embeds"]
             ]
 
+    def pick(self, rows: list[int], layout: VisualLayout) -> None:
+        """Let row i be what row `rows[i]` was; `layout` is picked already."""
+        self.layout = layout
+        self.rows = [self.rows[row] for row in rows]
+        self.embeddings = [self.embeddings[row] for row in rows]
+        self.positions = [self.positions[row] for row in rows]
+        if self.deepstack is not None:
+            self.deepstack = [tuple(features[row] for row in rows) for features in self.deepstack]
+
     @torch.no_grad()
-    def write(self, cache: LookAgainCache, rows: Tensor, shift: Tensor, shown: Tensor) -> None:
+    def write(
+        self, decoder: nn.Module, cache: Cache, rows: Tensor, shift: Tensor, shown: Tensor
+    ) -> None:
         """Append the visual tokens of some rows to their cache, re-encoded.
 
         Args:
-            cache: written in place.
+            decoder: the text decoder. It is not kept: this lives on a cache, which may be copied.
+            cache: a ragged one, written in place.
             rows: bool [B], the rows to write to.
             shift: int64 [B], rotary offset.
             shown: bool [B, L_c], the tokens to write.
@@ -81,13 +90,13 @@ class Reencoder:
                 extra["visual_pos_masks"] = chosen[chosen][None]
             if self.layout.key_start is not None:
                 extra["key_start"] = self.layout.key_start[part]
-            extra[CACHE] = cache.row(row)
+            extra[CACHE] = row_of(cache, row)
             embeddings = self.embeddings[row][chosen][None]
-            self.decoder(
+            decoder(
                 inputs_embeds=embeddings,
                 position_ids=self.positions[row][:, None, chosen] + shift[row],
                 use_cache=True,
-                key_length=cache.lengths()[part] + embeddings.shape[1],
+                key_length=cache.layers[0].lengths[part] + embeddings.shape[1],
                 **extra,
             )
 

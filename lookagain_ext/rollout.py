@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .cache import LookAgainCache
+from .bookmark import Bookmark
+from .cache import is_ragged
 from .config import LookAgainConfig
 from .layer_routing import select_after
-from .layout import VisualLayout
+from .layout import VisualLayout, check_step_mask
 from .record import AttentionRecord, Buffers, DecoderShape, ReflectionLog, put_
 from .reencode import Reencoder
 from .sequence import Sequence
@@ -40,6 +41,12 @@ class Rollout:
         prompt_length: cached tokens when generation begins.
         max_steps: steps that the attention record holds at first.
         buffers: where tensors that change come from.
+
+    Attributes:
+        bookmark: the cache when it was last seen; None if that was within a compiled call.
+        answering: whether the next token that is fed was generated: True after a step, or once
+            generate has fed the whole prompt; False while it feeds that in parts; None where only
+            the caller knows, when one token is taken for a generated one, and several are not.
     """
 
     def __init__(
@@ -59,9 +66,12 @@ class Rollout:
         self.prompt_length = prompt_length
         self.reencoder: Reencoder | None = None
         self._static = buffers.static
+        self.bookmark: Bookmark | None = None
+        self.answering: bool | None = None
+        self._answers: list[tuple[int, int]] = []
         device, batch = layout.spans.device, layout.spans.shape[0]
-        # Plus the tokens in the cache: a token's step, and its key index.
-        self._origin = buffers.zeros("origin", 2, batch)
+        # Plus the tokens in the cache: a token's step, its key index, and they themselves.
+        self._origin = buffers.zeros("origin", 3, batch)
         self._origin[0] = -prompt_length
         number = torch.arange(layout.max_visual, device=device)
         self._all_shown = number < layout.num_visual[:, None]
@@ -125,6 +135,7 @@ class Rollout:
         position_ids: Tensor,
         past: Tensor | int,
         cache: Any,  # noqa: ANN401 - any cache
+        decoder: nn.Module,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Take in one generated token for each row, before its forward.
 
@@ -133,28 +144,44 @@ class Rollout:
             position_ids: int64 [3 or 4, B, 1], as generate counts them on.
             past: tokens in the cache, without re-injected ones.
             cache: the cache; its length and, for real rows, its keys and values.
+            decoder: the text decoder, which reencode runs.
 
         Returns:
             (position_ids moved past the re-injected blocks, keywords for the attention).
         """
+        self.answering = True
         hit = input_ids[:, -1] == self.config.reflection_token_id
         if is_unread(hit) or bool(hit.any()):
-            self._reflect(hit, position_ids, past, cache)
+            self.reflect(hit, position_ids, past, cache, decoder)
         position_ids = position_ids + self.offset[-position_ids.shape[0] :]
         keywords: dict[str, Any] = {"key_start": self.layout.key_start}
-        if isinstance(cache, LookAgainCache):
-            keywords["key_length"] = cache.lengths() + 1
+        if is_ragged(cache):
+            keywords["key_length"] = cache.layers[0].lengths + 1
         elif isinstance(past, Tensor):
             keywords["key_length"] = (past + 1).to(torch.int32).expand(hit.shape[0]).contiguous()
         if self.record is not None:
             keywords["visual_mass"] = self.record.begin(self._steps_before(past))
         if self.record is not None or (self.virtual and self.config.looks):
-            keywords["visual_context"] = self._seen()
+            keywords["visual_context"] = self.seen()
             if self.layer_selected is not None:
                 keywords["layer_selected"] = self.layer_selected.unbind()
         return position_ids, keywords
 
-    def _seen(self) -> VisualContext:
+    def check_mask(self, mask: Tensor | None, past: Tensor | int) -> None:
+        """Refuse a mask that says something else of the cached tokens than is known of them.
+
+        Where that would have to be waited for, a step goes by what the prompt's mask said.
+
+        Raises:
+            ValueError: see `check_step_mask`.
+        """
+        if mask is None:
+            return
+        if isinstance(past, Tensor):
+            past = None if is_unread(past) else int(past)
+        check_step_mask(mask, past, self.layout.key_start, not is_unread(mask))
+
+    def seen(self) -> VisualContext:
         """The context of a step.
 
         The columns' views are made at each step, for a compiled one must not have inputs that
@@ -175,7 +202,14 @@ class Rollout:
         """Tokens generated and fed back before this one; int64 [1] where the host does not know."""
         return self._origin[0, :1] + past if isinstance(past, Tensor) else past - self.prompt_length
 
-    def _reflect(self, hit: Tensor, position_ids: Tensor, past: Tensor | int, cache: Any) -> None:  # noqa: ANN401
+    def reflect(
+        self,
+        hit: Tensor,
+        position_ids: Tensor,
+        past: Tensor | int,
+        cache: Any,  # noqa: ANN401 - any cache
+        decoder: nn.Module,
+    ) -> None:
         """Give the rows of `hit` their re-injection, and write it down.
 
         On a GPU this runs at every step, whether a row reflects or not: each operation counts.
@@ -196,10 +230,10 @@ class Rollout:
             elif self.virtual:
                 chosen = (self.log.count[:, None] % config.max_reinjections == self._column) & look
             if self.virtual:
-                self._fill_column(chosen, numbers[1:], shift, shown, by_layer)
+                self._fill_column(chosen, numbers[2:], shift, shown, by_layer)
             else:
-                slot = self._append(look[:, 0], shift[:, 0], shown, by_layer, cache)
-                numbers = torch.stack([numbers[0], slot])
+                slot = self._append(look[:, 0], shift[:, 0], shown, by_layer, cache, decoder)
+                numbers = torch.stack([numbers[0], slot, numbers[2]])
             self.offset += self._extent * look
         if self.record is not None:
             mass = self.record.so_far()
@@ -209,6 +243,13 @@ class Rollout:
         """ROUTE's choice: (bool [B, L_c], bool [layers, B, L_c] when each layer has its own)."""
         ratio, counts = self.config.route_ratio, self.layout.num_visual
         total = self.record.total
+        if self.record.lost:
+            raise ValueError(
+                "strategy='route' chooses by the attention of the answer so far, and the cache was "
+                "cropped within the answer: what the tokens taken away had attended cannot be told "
+                "from the rest. Crop to where the answer begins, or set track_attention=True, "
+                "which keeps each token's (with route_scope='model')"
+            )
         if self.record.by_layer:
             counts = counts.repeat(total.shape[0])
         if isinstance(steps, Tensor):
@@ -263,26 +304,25 @@ class Rollout:
         shift: Tensor,
         shown: Tensor | None,
         by_layer: Tensor | None,
-        cache: LookAgainCache,
+        cache: Any,  # noqa: ANN401 - a ragged cache
+        decoder: nn.Module,
     ) -> Tensor:
         """Append or reencode: real cache rows; returns the slot of the next token, int64 [B]."""
-        before = cache.lengths().clone()
+        before = cache.layers[0].lengths.clone()
         look = look & (self.layout.num_visual > 0)
         shown = self._all_shown if shown is None else shown
         if torch.compiler.is_compiling() or bool(look.any()):
             if self.reencoder is not None:
-                self.reencoder.write(cache, look, shift, shown)
+                self.reencoder.write(decoder, cache, look, shift, shown)
             else:
                 self._append_layers(look, shift, shown if by_layer is None else by_layer, cache)
             if self.record is not None:
                 self._number_copies(look, before, shown if by_layer is None else by_layer)
-        after = cache.lengths()
+        after = cache.layers[0].lengths
         self.appended += after - before
         return after.long()
 
-    def _append_layers(
-        self, look: Tensor, shift: Tensor, shown: Tensor, cache: LookAgainCache
-    ) -> None:
+    def _append_layers(self, look: Tensor, shift: Tensor, shown: Tensor, cache: Any) -> None:  # noqa: ANN401
         for number, layer in enumerate(cache.layers):
             selected = shown if shown.dim() == 2 else shown[number]
             ops.append_visual_(
@@ -308,16 +348,132 @@ class Rollout:
         self.record.fold_copies(self._numbered, count, shown)
         self._numbered += count
 
-    def keep_embeddings(self, decoder: nn.Module, keywords: dict[str, Any]) -> None:
+    def keep_embeddings(self, keywords: dict[str, Any]) -> None:
         """Reencode: keep the prompt's visual embeddings, from what its forward was given."""
-        self.reencoder = Reencoder(decoder, self.layout, self.prompt[1], keywords)
+        self.reencoder = Reencoder(self.layout, self.prompt[1], keywords)
 
-    def restart(self, prompt_length: int) -> None:
-        """Begin another answer on the same cache: what was shown stays, attention counts anew."""
+    def restart(self, past: int, prompt_length: int) -> None:
+        """Begin another answer on the same cache: what was shown stays, attention counts anew.
+
+        Args:
+            past: tokens cached so far, the answer before among them.
+            prompt_length: those when the new answer begins.
+        """
+        if past > self.prompt_length:
+            self._answers.append((self.prompt_length, past))
+        self._begin(prompt_length)
+
+    def _begin(self, prompt_length: int) -> None:
         self.prompt_length = prompt_length
         self._origin[0] = -prompt_length
         if self.record is not None:
             self.record.restart()
+
+    def rewind(self, tokens: int, cache: Any) -> None:  # noqa: ANN401 - any cache
+        """Follow a cache whose end was cut off: what began in it is taken back.
+
+        Args:
+            tokens: tokens that are left; the picture is among them.
+            cache: the cache; the lengths of its rows are set right.
+
+        Raises:
+            ValueError: if that cannot be taken back.
+        """
+        config, logged = self.config, self.log.count
+        kept = self.log.kept(tokens)
+        if self.prompt is not None:
+            ids, positions = self.prompt
+            self.prompt = ids[:, :tokens], positions[..., :tokens]
+        if config.looks and bool((kept < logged).any()):
+            again = config.max_reinjections
+            looked, before = (
+                n if config.keep == "latest" else n.clamp(max=again) for n in (kept, logged)
+            )
+            self.offset -= self._extent * (before - looked)[:, None]
+            if self.virtual:
+                self._refill_columns(kept, before)
+            else:
+                self._forget_copies(kept)
+        self.log.count.copy_(kept)
+        if not self.virtual:
+            for layer in cache.layers:
+                layer.lengths.copy_(tokens + self.appended)
+        self._rewind_answer(tokens)
+
+    def _rewind_answer(self, tokens: int) -> None:
+        if tokens >= self.prompt_length:
+            if self.record is not None:
+                self.record.rewind(tokens - self.prompt_length)
+            return
+        within = [(begin, end) for begin, end in self._answers if begin < tokens <= end]
+        self._answers = [(begin, end) for begin, end in self._answers if end < tokens]
+        self._begin(within[0][0] if within else tokens)
+        if within and self.record is not None:
+            self.record.lost = True
+
+    def _refill_columns(self, kept: Tensor, before: Tensor) -> None:
+        """Virtual: only the first `kept` reflections of each row, int64 [B], have columns.
+
+        Columns that later ones took from earlier ones, which are seen again, are read from the log.
+        """
+        again, place = self.config.max_reinjections, self.log.column
+        taken = (before > again) & (kept > 0) & (kept < before)
+        if bool(taken.any()) and self.layer_selected is not None:
+            raise ValueError(
+                "keep='latest' and route_scope='layer' cannot follow a cache that was cropped by "
+                "more reflections than max_reinjections; start with an empty cache"
+            )
+        number = kept[:, None] - 1 - (kept[:, None] - 1 - self._column) % again
+        if self.config.keep == "all":
+            number = self._column.expand_as(number)
+        there = (number >= 0) & (number < kept[:, None])
+        number = number.clamp(0, len(place) - 1)
+        _, _, start, shift = (numbers.gather(1, number) for numbers in self.log.numbers)
+        self._columns[0] = torch.where(there, start, NEVER)
+        self._columns[1] = torch.where(there, shift, 0)
+        if self.context.selected is not None:
+            index = number[..., None].expand(-1, -1, self.log.shown.shape[-1])
+            self.context.selected.copy_(self.log.shown.gather(1, index) & there[..., None])
+
+    def _forget_copies(self, kept: Tensor) -> None:
+        """Append or reencode: rows written for all but the first `kept` reflections are gone."""
+        last = (kept - 1).clamp(min=0)[:, None]
+        _, slot, token, _ = (numbers.gather(1, last)[:, 0] for numbers in self.log.numbers)
+        self.appended.copy_(torch.where(kept > 0, slot - token, 0))
+        if self.record is not None:
+            self._numbered.copy_(self.layout.num_visual + self.appended)
+            runs, spans = self.layout.spans.shape[1], self.context.spans
+            gone = torch.arange(spans.shape[1], device=spans.device) >= runs + kept[:, None]
+            spans.masked_fill_(gone[..., None], 0)
+
+    def pick(self, rows: list[int]) -> None:
+        """Follow a cache whose row i is what row `rows[i]` was."""
+        self.layout = self.layout.pick(rows)
+        self._origin, self._extent, self.offset = (
+            tensor[:, rows] for tensor in (self._origin, self._extent, self.offset)
+        )
+        self._all_shown, self.appended = self._all_shown[rows], self.appended[rows]
+        if self.prompt is not None:
+            self.prompt = self.prompt[0][rows], self.prompt[1][:, rows]
+        context = self.context
+        self.context = replace(
+            context,
+            spans=context.spans[rows],
+            shift=context.shift[rows],
+            start=context.start[rows],
+            selected=None if context.selected is None else context.selected[rows],
+        )
+        if self.virtual and self.config.looks:
+            self._columns = self._columns[:, rows]
+        elif self.record is not None and not self.virtual:
+            self._numbered = self._numbered[rows]
+        if self.layer_selected is not None:
+            self.layer_selected = self.layer_selected[:, rows]
+        self.log.pick(rows)
+        if self.record is not None:
+            self.record.pick(rows)
+        if self.reencoder is not None:
+            self.reencoder.pick(rows, self.layout)
 
     def take_over(
         self,
@@ -349,13 +505,13 @@ class Rollout:
             index = [found[number] if number < len(found) else -1 for found in sequence.hits]
             index = torch.tensor(index, device=device)
             begins = [b[number] if number < len(b) else 0 for b in sequence.begins]
-            numbers = torch.stack([index - torch.tensor(begins, device=device), index])
+            numbers = torch.stack([index - torch.tensor(begins, device=device), index, index])
             hit, moved, shown = index >= 0, shift[:, number, None], None
             if number < columns:
                 look = sequence.index[:, number, None] >= 0
                 shown = None if selected is None else selected[:, number]
                 chosen = self.log.count[:, None] % self.config.max_reinjections == self._column
-                self._fill_column(chosen & look, numbers[1:], moved, shown, None)
+                self._fill_column(chosen & look, numbers[2:], moved, shown, None)
                 self.offset += self._extent * look
             before, steps = None, numbers[0][:, None]
             if mass is not None and number < columns:

@@ -42,6 +42,7 @@ class SequenceForward:
         config: how to look again.
         sequence: the reflections in it.
         packing: where the rows of `sequence` lie in the batch, if it is packed.
+        mask: [B, L], 0 on padding, or None.
 
     Attributes:
         positions: int64 [3 or 4, B, L], rotary positions moved past what is re-injected.
@@ -53,7 +54,9 @@ class SequenceForward:
         config: LookAgainConfig,
         sequence: Sequence,
         packing: Packing | None = None,
+        mask: Tensor | None = None,
     ) -> None:
+        self.padding_mask = mask
         self.family = family
         self.config = config
         self.sequence = sequence

@@ -26,6 +26,7 @@ from transformers import (
     StableLmConfig,
     StableLmForCausalLM,
     StableLmModel,
+    StaticCache,
 )
 
 from lookagain_ext.attention import RoutedAttention, lookagain_attention, lookagain_mask
@@ -86,7 +87,11 @@ def test_plain_module_is_causal_attention(norm):
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [DynamicCache, lambda: LookAgainCache(1), None])
+def fixed(length):
+    return StaticCache(LlamaConfig(**SMALL), max_cache_len=length)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, lambda: LookAgainCache(1), lambda: fixed(20), None])
 @torch.no_grad()
 def test_reinjection_in_a_module_of_ones_own(make):
     """A re-injection equals its keys and values written out; steps with a cache equal one call."""
@@ -116,6 +121,58 @@ def test_reinjection_in_a_module_of_ones_own(make):
             )
             parts.append(out)
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, **CLOSE)
+
+
+@pytest.mark.parametrize("way", ["by name", "from_hf"])
+@pytest.mark.parametrize("kind", [StaticCache, LookAgainCache])
+@pytest.mark.parametrize("rows", [[[3, (2, 3), 4]], [[3, (2, 3), 4], [2, (1, 3), 3]]])
+@torch.no_grad()
+def test_caches_of_fixed_size_without_a_session(rows, kind, way):
+    """In one's own loop and in generate, with and without padding; the prompt in two parts."""
+    inputs, length = tiny_inputs(rows), 40
+
+    def logits(model, make):
+        found, mask = [], inputs["attention_mask"]
+        positions = model.model.get_rope_index(
+            **{name: value for name, value in inputs.items() if "pixel" not in name}
+        )[0]
+        cache = make(model)
+        found.append(model(**inputs, position_ids=positions, **{CACHE: cache}).logits)
+        for count in (2, 1, 1):
+            mask = nn.functional.pad(mask, (0, count), value=1)
+            positions = positions[..., -1:] + 1 + torch.arange(count)
+            ids = 20 + torch.arange(count).expand(len(rows), -1)
+            step = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+            found.append(model(**step, **{CACHE: cache}).logits)
+        answer = {"max_new_tokens": 6, "do_sample": False, "output_logits": True}
+        answer |= {"return_dict_in_generate": True, "disable_compile": True}
+        found += model.generate(**inputs, **answer, **{CACHE: make(model)}).logits
+        return [
+            part[inputs["attention_mask"].bool()] if n == 0 else part
+            for n, part in enumerate(found)
+        ]
+
+    expected = logits(tiny_model(), lambda _: DynamicCache())
+    model = tiny_model()
+    if way == "by name":
+        model.set_attn_implementation({"text_config": "lookagain"})
+    else:
+        for layer in model.model.language_model.layers:
+            layer.self_attn = RoutedAttention.from_hf(layer.self_attn)
+    makes = {
+        StaticCache: lambda model: StaticCache(model.config.text_config, max_cache_len=length),
+        LookAgainCache: lambda _: LookAgainCache(2, max_length=length),
+    }
+    for found, wanted in zip(logits(model, makes[kind]), expected, strict=True):
+        torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+def test_module_refuses_a_sliding_cache():
+    config = LlamaConfig(**SMALL, sliding_window=4, layer_types=["sliding_attention"] * 2)
+    module = RoutedAttention(64, 4, 2)
+    for cache in (StaticCache(config, max_cache_len=20), DynamicCache(config=config)):
+        with pytest.raises(ValueError, match="SlidingWindowLayer is not supported"):
+            module(torch.randn(1, 3, 64), **{CACHE: cache})
 
 
 def test_example_of_the_docstring():
@@ -213,12 +270,22 @@ def test_from_hf_refuses_what_it_does_not_compute(model, config, message):
         RoutedAttention.from_hf(model(config).layers[1].self_attn)
 
 
-def test_mask_keeps_two_dimensions_and_the_width_of_the_cache():
-    assert lookagain_mask(kv_length=8) is None
+def test_mask_tells_the_padding_and_what_is_used_of_the_cache():
+    assert lookagain_mask(kv_length=8, q_length=3, q_offset=5) is None
     mask = torch.tensor([[False, True, True]])
-    assert lookagain_mask(kv_length=3, attention_mask=mask) is mask
-    wide = lookagain_mask(kv_length=5, attention_mask=mask)
-    assert wide.tolist() == [[False, True, True, True, True]]
+    assert lookagain_mask(kv_length=3, q_length=3, attention_mask=mask) is mask
+    for offset in (2, torch.tensor(2)):
+        wide = lookagain_mask(kv_length=5, q_length=1, q_offset=offset, attention_mask=mask)
+        assert wide.tolist() == [[[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]]]
+        assert lookagain_mask(kv_length=5, attention_mask=wide) is wide
+    alone = lookagain_mask(kv_length=3, batch_size=2, q_length=1, q_offset=0)
+    assert alone.tolist() == [[[1, 0, 0], [1, 0, 0]]] * 2
+    with pytest.raises(ValueError, match="attention_mask has holes"):
+        lookagain_mask(
+            kv_length=4, q_length=1, q_offset=3, attention_mask=mask.new_tensor([[1, 0, 1]])
+        )
+    with pytest.raises(ValueError, match="sliding-window caches are not supported"):
+        lookagain_mask(kv_length=4, q_length=1, q_offset=9, kv_offset=5)
 
 
 @pytest.mark.parametrize("form", ["padding", "bool", "float"])
@@ -240,6 +307,8 @@ def test_function_reads_padding_from_any_mask(form):
     torch.testing.assert_close(out[padding], expected[padding], **CLOSE)
     with pytest.raises(ValueError, match="dropout"):
         lookagain_attention(nn.Identity(), query, key, value, dropout=0.1)
+    with pytest.raises(ValueError, match="got sliding_window=4"):
+        lookagain_attention(nn.Identity(), query, key, value, sliding_window=4)
 
 
 @pytest.mark.parametrize("make", ["plain", "from_hf"])
@@ -279,3 +348,45 @@ def test_frequencies_keep_their_values(make):
         empty.load_state_dict(weights, assign=empty is assigned)
         assert torch.equal(empty.inv_freq, exact)
         torch.testing.assert_close(empty(hidden)[0], expected)
+
+
+@pytest.mark.parametrize("form", ["bool", "float"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("queries", "used"), [(9, 9), (4, 9), (4, 7), (1, 7)])
+def test_function_reads_what_is_used_from_a_full_mask(side, queries, used, form):
+    """A buffer of nine keys, some of them not written yet, and padding at either end."""
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, queries, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 2, 9, 8, dtype=torch.float64)
+    index = torch.arange(9)
+    real = torch.stack([index >= 3 if side == "left" else index < used - 2, index >= 0])
+    if queries == 1 and side == "right":
+        real[0] = True
+    full = index <= torch.arange(used - queries, used)[:, None]
+    full = full & real[:, None, None]
+    mask = full if form == "bool" else torch.where(full, 0.0, torch.finfo(torch.float32).min)
+    out, _ = lookagain_attention(nn.Identity(), query, key, value, mask)
+    expected = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=full, enable_gqa=True
+    ).transpose(1, 2)
+    seen = real[:, used - queries : used]
+    torch.testing.assert_close(out[seen], expected[seen], **CLOSE)
+
+
+def test_function_refuses_masks_that_it_does_not_compute():
+    query, key, value = torch.randn(3, 1, 2, 6, 8).unbind(0)
+    causal = torch.ones(6, 6).tril().bool()
+    packed = causal & (torch.arange(6) // 3 == (torch.arange(6) // 3)[:, None])
+    holes = causal & (torch.arange(6) != 2)
+    for mask in (packed, holes, holes & ~causal.tril(-4)):
+        with pytest.raises(ValueError, match="attention_mask must be causal with padding at one"):
+            lookagain_attention(nn.Identity(), query, key, value, mask[None, None])
+
+
+def test_function_reads_cache_position():
+    query, key, value = torch.randn(1, 2, 2, 8), *torch.randn(2, 1, 2, 6, 8).unbind(0)
+    out, _ = lookagain_attention(
+        nn.Identity(), query, key, value, cache_position=torch.tensor([2, 3])
+    )
+    expected, _ = lookagain_attention(nn.Identity(), query, key[:, :, :4], value[:, :, :4])
+    assert torch.equal(out, expected)
