@@ -18,21 +18,16 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .bookmark import Bookmark, known_length
 from .cache import CACHE, is_ragged, make_ragged, set_reserve
+from .cache_state import CacheStates, is_left_alone, limit_of
 from .config import LookAgainConfig
 from .layout import cached_starts, visual_layout
 from .models import Family
 from .packing import Packing
-from .record import Buffers, DecoderShape
 from .reencode import is_sharded
 from .rollout import Rollout
-from .sequence import Sequence, read_sequence
+from .sequence import read_sequence
 from .sequence_forward import SequenceForward
 from .trace import Trace
-
-_STATE = "_lookagain"
-"""Attribute of a cache that holds the state of the sequences in it: it lives as long as they."""
-
-_BUFFERS = "_lookagain_buffers"
 
 
 class _Plan(NamedTuple):
@@ -51,22 +46,6 @@ class _Plan(NamedTuple):
     forward: SequenceForward | None = None
     capture: Rollout | None = None
     filled: tuple[Rollout, Any, int | None] | None = None
-
-
-class _Filled(NamedTuple):
-    """State of a cache that a forward of whole sequences has filled.
-
-    Without that forward, which holds the model: a cache may be copied.
-    """
-
-    config: LookAgainConfig
-    sequence: Sequence
-    selected: Tensor | None
-    mass: Tensor | None
-    begun_mass: Tensor | None
-    packed: bool
-    padding_mask: Tensor | None
-    bookmark: Bookmark
 
 
 class _Call(threading.local):
@@ -98,6 +77,7 @@ class Engine:
                 "backend='reencode' runs extra forwards for some rows only, which hangs when "
                 "parameters are sharded; use backend='virtual' or 'append'"
             )
+        self._states = CacheStates(family, config)
         self._call = _Call()
         self._latest: Rollout | SequenceForward | None = None
 
@@ -145,8 +125,8 @@ class Engine:
                 f"{CACHE} must be a cache of transformers' or a LookAgainCache, got "
                 f"{type(cache).__name__}, which is not supported under look_again"
             )
-        state, past = getattr(cache, _STATE, None), cache.get_seq_length()
-        alone = state is not None and ids.shape[1] == 1 and _left_alone(state, cache, past)
+        state, past = self._states.of(cache), cache.get_seq_length()
+        alone = state is not None and ids.shape[1] == 1 and is_left_alone(state, cache, past)
         if not alone and int(past) == 0:
             if labels is not None:
                 self._refuse_labels(cache)
@@ -157,9 +137,9 @@ class Engine:
                 f"{CACHE} was filled before look_again was in force: its reflections and "
                 "images are unknown; start with an empty cache"
             )
-        rollout = self._rollout_of(cache, state)
+        rollout = self._states.rollout_of(cache, state)
         if not alone:
-            rollout = self._follow(rollout, cache)
+            rollout = self._states.follow(rollout, cache)
         self._latest = rollout
         rows, batch = ids.shape[0], rollout.appended.shape[0]
         if rows != batch:
@@ -183,7 +163,7 @@ class Engine:
     def _refuse_labels(self, cache: Any) -> None:  # noqa: ANN401 - any cache
         """Raise unless a forward of whole sequences can fill an empty cache."""
         real = self.config.backend != "virtual" and self.config.looks
-        if real or _limit(cache) > 0 or is_ragged(cache):
+        if real or limit_of(cache) > 0 or is_ragged(cache):
             raise ValueError(
                 f"labels with {CACHE}={type(cache).__name__} and backend={self.config.backend!r} "
                 f"are not supported: a forward with labels takes no {CACHE}, or with "
@@ -215,7 +195,7 @@ class Engine:
             output = plan.forward.finish(output)
             cache = getattr(output, CACHE, None)
             if cache is not None and len(cache):
-                setattr(cache, _STATE, self._filled(plan.forward, cache))
+                self._states.keep(cache, self._states.filled(plan.forward, cache))
         elif plan.rollout is not None:
             plan.rollout.finish_step()
         if plan.filled is not None:
@@ -250,7 +230,7 @@ class Engine:
         cached_starts(mask, ids.shape[1])
         layout = visual_layout(ids, positions, mask, self.family.visual_token_ids())
         self._prepare_cache(cache, layout.max_visual)
-        rollout = self._open(layout, ids.shape[1], cache)
+        rollout = self._states.open(layout, ids.shape[1], cache)
         rollout.prompt = (ids, positions[-3:])
         keywords = self._prompt_part(keywords, cache, rollout, positions, ids.shape[1])
         if not rollout.virtual and self.config.backend == "reencode":
@@ -283,7 +263,7 @@ class Engine:
             mask = None if mask is None else mask[..., :total]
             layout = visual_layout(ids, whole, mask, self.family.visual_token_ids())
             self._prepare_cache(cache, layout.max_visual)
-            rollout = self._open(layout, total, cache)
+            rollout = self._states.open(layout, total, cache)
             rollout.prompt = (ids, whole)
         else:
             if reflects:
@@ -316,12 +296,12 @@ class Engine:
         positions: Tensor,
         total: int,
     ) -> dict[str, Any]:
-        setattr(cache, _STATE, rollout)
+        self._states.keep(cache, rollout)
         self._latest = rollout
         prompt_length = self._call.prompt_length
         rollout.answering = None if prompt_length is None else total >= prompt_length
         extra: dict[str, Any] = {"key_start": rollout.layout.key_start}
-        if _limit(cache) > 0 or is_ragged(cache):
+        if limit_of(cache) > 0 or is_ragged(cache):
             batch = rollout.appended.shape[0]
             used = torch.full((batch,), total, dtype=torch.int32, device=positions.device)
             extra["key_length"] = used + rollout.appended
@@ -362,25 +342,6 @@ class Engine:
             keywords = {**keywords, "position_ids": forward.positions}
         return keywords
 
-    def _open(self, layout: Any, prompt_length: int, cache: Any) -> Rollout:  # noqa: ANN401
-        limit = _limit(cache)
-        steps = limit - prompt_length + 1 if limit > 0 else 128
-        buffers = getattr(cache, _BUFFERS, None)
-        if buffers is None:
-            buffers = Buffers(layout.spans.device, static=limit > 0)
-            if limit > 0:
-                setattr(cache, _BUFFERS, buffers)
-        return Rollout(self.config, self._shape(), layout, prompt_length, max(steps, 1), buffers)
-
-    def _shape(self) -> DecoderShape:
-        family = self.family
-        return DecoderShape(
-            family.num_layers,
-            family.num_attention_heads,
-            family.num_key_value_heads,
-            family.inv_freq(),
-        )
-
     def _prepare_cache(self, cache: Any, max_visual: int) -> None:  # noqa: ANN401 - any cache
         """Let a cache take re-injected rows where the backend writes them."""
         if self.config.backend == "virtual" or not self.config.looks:
@@ -395,118 +356,6 @@ class Engine:
             make_ragged(cache, self.family.num_layers)
         set_reserve(cache, self.config.max_reinjections * max_visual)
 
-    def _filled(self, forward: SequenceForward, cache: Any) -> _Filled:  # noqa: ANN401 - any cache
-        length = cache.get_seq_length()
-        return _Filled(
-            self.config,
-            forward.sequence,
-            forward.selected,
-            forward.mass,
-            forward.begun_mass() if len(set(forward.sequence.begun)) == 1 else None,
-            forward.packing is not None,
-            forward.padding_mask,
-            Bookmark(cache, None if isinstance(length, Tensor) else length),
-        )
-
-    def _follow(self, rollout: Rollout, cache: Any) -> Rollout:  # noqa: ANN401 - any cache
-        """Do to the state what was done to its cache since: rows picked, an end cut off."""
-        mark, length = rollout.bookmark, int(cache.get_seq_length())
-        rows = None if mark is None else mark.rows(cache)
-        if rows is not None:
-            rollout.pick(rows)
-        known = None if mark is None else mark.length
-        if known is not None and length > known:
-            raise ValueError(
-                f"{CACHE} has {length} tokens, and look_again saw only {known} of them being fed: "
-                "their reflections are unknown; start with an empty cache"
-            )
-        rollout.bookmark = Bookmark(cache, length)
-        if length == known:
-            return rollout
-        if known is not None:
-            rollout.answering = None
-        spans = rollout.layout.spans
-        if not spans.numel() or int(spans.sum(-1).max()) <= length:
-            rollout.rewind(length, cache)
-            return rollout
-        if rollout.prompt is None or rollout.reencoder is not None:
-            reason = "after a forward without one" if rollout.prompt is None else "under 'reencode'"
-            raise ValueError(
-                f"{CACHE} was cropped to {length} tokens, within or before a picture, which is not "
-                f"supported {reason}; start with an empty cache"
-            )
-        for layer in cache.layers if is_ragged(cache) else ():
-            layer.lengths.fill_(length)
-        ids, positions = (tensor[..., :length] for tensor in rollout.prompt)
-        layout = visual_layout(ids, positions, None, self.family.visual_token_ids())
-        layout = replace(layout, key_start=rollout.layout.key_start)
-        rollout = self._open(layout, length, cache)
-        rollout.prompt = (ids, positions)
-        rollout.bookmark = Bookmark(cache, length)
-        setattr(cache, _STATE, rollout)
-        return rollout
-
-    def _rollout_of(self, cache: Any, state: Rollout | _Filled) -> Rollout:  # noqa: ANN401
-        """The state of a cache, made from the forward that filled it where need be."""
-        if state.config is not self.config and state.config != self.config:
-            raise ValueError(
-                f"{CACHE} was filled under another configuration: "
-                f"{_differences(state.config, self.config)}; start with an empty cache, or look "
-                "again as before"
-            )
-        if isinstance(state, _Filled):
-            if state.packed:
-                raise ValueError(
-                    f"{CACHE} holds packed sequences, which cannot be continued: generate from a "
-                    "batch with a row for each"
-                )
-            if self.config.backend != "virtual" and self.config.looks:
-                raise ValueError(
-                    f"backend={self.config.backend!r} needs its own cache from the first call on: "
-                    f"pass {CACHE}=LookAgainCache(...) with the prompt"
-                )
-            if self.config.routes and self.config.route_scope == "layer":
-                raise ValueError(
-                    "route_scope='layer' needs a cache from the first call on: pass "
-                    f"{CACHE}=DynamicCache() with the prompt"
-                )
-            sequence = state.sequence
-            begun = self._begun_mass(state)
-            tokens = sequence.positions.shape[-1]
-            cached_starts(state.padding_mask, tokens)
-            rollout = self._open(sequence.layout, tokens - max(sequence.begun), cache)
-            rollout.take_over(sequence, state.selected, state.mass, begun)
-            rollout.bookmark = state.bookmark
-            setattr(cache, _STATE, rollout)
-            state = rollout
-        return state
-
-    def _begun_mass(self, state: _Filled) -> Tensor | None:
-        """Attention of the answers that a forward of whole sequences ended in, where it counts."""
-        begun = state.sequence.begun
-        if not any(begun) or not (self.config.routes or self.config.track_attention):
-            return None
-        if len(set(begun)) > 1:
-            raise ValueError(
-                f"the answers in {CACHE} begin {', '.join(map(str, begun))} tokens before the end "
-                "of its rows: where attention counts (strategy='route' or track_attention) a loop "
-                "goes on only with answers that begin together; begin it with the prompts alone"
-            )
-        if state.begun_mass is None:
-            raise ValueError(
-                f"the attention of the {begun[0]} answer tokens in {CACHE} was not measured, since "
-                "the call that filled it recorded gradients: call the model under torch.no_grad(), "
-                "or begin the loop with the prompts alone"
-            )
-        return state.begun_mass
-
-
-def _differences(before: LookAgainConfig, now: LookAgainConfig) -> str:
-    """What each field that differs was and is, in words."""
-    old, new = before.to_dict(), now.to_dict()
-    changed = [name for name in old if old[name] != new[name]]
-    return ", ".join(f"{name} was {old[name]!r} and is {new[name]!r}" for name in changed)
-
 
 def _refuse_packing(packing: Packing | None) -> None:
     if packing is not None:
@@ -514,11 +363,6 @@ def _refuse_packing(packing: Packing | None) -> None:
             f"packed sequences cannot be continued, so they take no {CACHE}: call the model "
             "without one, with use_cache=False, or generate from a batch with a row for each"
         )
-
-
-def _limit(cache: Any) -> int:  # noqa: ANN401 - any cache
-    """Tokens that a cache can hold, -1 when it grows."""
-    return cache.get_max_length() if len(cache) else -1
 
 
 def _axes(positions: Tensor) -> Tensor:
@@ -530,13 +374,6 @@ def _after(rollout: Rollout, past: Tensor | int) -> int | None:
     """Tokens in a cache after a step, where the host knows."""
     known = None if torch.compiler.is_compiling() else known_length(past, rollout.bookmark)
     return None if known is None else known + 1
-
-
-def _left_alone(state: Rollout | _Filled, cache: Any, past: Tensor | int) -> bool:  # noqa: ANN401
-    """Whether nothing was done to a cache since; taken to be so where finding out would wait."""
-    if torch.compiler.is_compiling():
-        return isinstance(past, Tensor) or past > 0
-    return state.bookmark is not None and state.bookmark.is_current(cache)
 
 
 def _plain_mask(mask: Any) -> Tensor | None:  # noqa: ANN401 - a tensor or a dict

@@ -81,7 +81,7 @@ class LookingTrainer:
     trains. With "off", backend "reencode" or `torch_compile`, where other attention trains, it
     takes a forward of its own, in evaluation mode and without gradients, which leaves the random
     numbers of the step as they were; the mean is over all layers then, and of "reencode" it is the
-    share that "virtual" would have. Where that forward fails the metric is left out, with a warning.
+    share that "virtual" would have. Where that forward fails the metric is left out with a warning.
 
     Weights are read back from checkpoints through `from_pretrained`. The Trainer's own way takes
     the names in the file for those of the module, which for Qwen2.5-VL they are not, and goes on
