@@ -113,6 +113,9 @@ def test_what_each_step_needs(tmp_path) -> None:
         ({"evaluate": {"questions": 6, "ratios": [2]}}, "evaluate: ratios must be a list of"),
         ({"evaluate": {"questions": 6, "qestions": 1}}, "evaluate has no entry qestions; did you"),
         ({"distill": {"questions": "scenes:4", "batch": 4}}, "distill has no entry batch; did you"),
+        ({"launch": "accelerate launch"}, "launch must be a list, got 'accelerate launch'"),
+        ({"presets": 5}, "presets must be a list, got 5"),
+        ({"evaluate": [6]}, "evaluate must hold names and values, got"),
         ({"route_ratio": 50}, "route_ratio must be a number from 0 to 1, got 50"),
         ({"base": {"init": "lookagain-tiny", "stages": []}}, "base: stages must name at least one"),
         (

@@ -37,7 +37,8 @@ def run(
         replaced: dict[str, Any] = {} if out is None else {"output": str(out)}
         if questions is not None:
             given = read_yaml(config).get("evaluate") or {}
-            replaced["evaluate"] = {**given, "questions": questions}
+            if isinstance(given, dict):  # else the configuration's own check says so
+                replaced["evaluate"] = {**given, "questions": questions}
         if jobs is not None:
             replaced["jobs"] = jobs
         settings = RecipeConfig.load(config, **replaced)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..config import LookAgainConfig
 from ..generation import LookAgainSession, look_again
-from ..models import family_of
+from ..models import unwrap
 from ..models.loading import ADAPTER_CONFIG
 from ..trace import Trace
 from .checkpoint import write_atomically
@@ -69,19 +69,19 @@ class LookingTrainer:
 
     Sessions are open while the trainer trains, evaluates, predicts or saves, on every model that
     `_models_that_look` names, and closed when it is done, also by an error. What is saved says how
-    the model looks again. With "off" nothing is opened but for
-    the moment in which `visual_attention` is measured.
+    the model looks again. With "off" nothing is opened but for the moment in which
+    `visual_attention` is measured.
 
     TRL's metric `num_tokens` gets two beside it: `tokens_per_second`, without the time of
-    evaluations, and `visual_attention`, the
-    share of the answers' attention that is on the picture, re-injected tokens included. It is that
-    of one batch with a picture in each step that is logged (by `logging_steps`), of its rows with a
-    picture, counted in the step's own backward, and changes nothing about the step. The mean is
-    over heads and over the layers that the backward runs through: not those below everything that
-    trains. With "off", backend "reencode" or `torch_compile`, where other attention trains, it
-    takes a forward of its own, in evaluation mode and without gradients, which leaves the random
-    numbers of the step as they were; the mean is over all layers then, and of "reencode" it is the
-    share that "virtual" would have. Where that forward fails the metric is left out with a warning.
+    evaluations, and `visual_attention`, the share of the answers' attention that is on the picture,
+    re-injected tokens included. It is that of one batch with a picture in each step that is logged
+    (by `logging_steps`), of its rows with a picture, counted in the step's own backward, and
+    changes nothing about the step. The mean is over heads and over the layers that the backward
+    runs through: not those below everything that trains. With "off", backend "reencode" or
+    `torch_compile`, where other attention trains, it takes a forward of its own, in evaluation mode
+    and without gradients, which leaves the random numbers of the step as they were; the mean is
+    over all layers then, and of "reencode" it is the share that "virtual" would have. Where that
+    forward fails the metric is left out, with a warning.
 
     Weights are read back from checkpoints through `from_pretrained`. The Trainer's own way takes
     the names in the file for those of the module, which for Qwen2.5-VL they are not, and goes on
@@ -260,7 +260,7 @@ class LookingTrainer:
         """
         with self.looking() as sessions:
             used = sessions[0].config if sessions else self.look_again_config
-            with _written_in(family_of(self.model).config, used):
+            with _written_in(unwrap(self.model).config, used):
                 super().save_model(output_dir, *args, **keywords)
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if self.args.should_save and (folder / "adapter_config.json").is_file():

@@ -78,7 +78,7 @@ class RecipeConfig:
                 raise ValueError(f"{name} must be some of {', '.join(known)}, got {chosen}{hint}")
         if "questions" not in self.distill:
             raise ValueError("distill needs questions, such as scenes:1000:7")
-        if self.evaluate is not None and "questions" not in self.evaluate:
+        if isinstance(self.evaluate, dict) and "questions" not in self.evaluate:
             raise ValueError("evaluate needs questions, the number of held-out ones")
         if type(self.jobs) is not int or self.jobs < 1:
             raise ValueError(f"jobs must be a number from 1 on, got {self.jobs!r}")
@@ -103,7 +103,11 @@ class RecipeConfig:
         required = ("output", "base", "coldstart", "brpo", "distill", "sft")
         if missing := [name for name in required if name not in data]:
             raise ValueError(f"a recipe needs {', '.join(missing)}")
-        lists = {n: tuple(data[n]) for n in ("presets", "strategies", "launch") if data.get(n)}
+        lists = {n: data[n] for n in ("presets", "strategies", "launch") if data.get(n)}
+        for name, value in lists.items():
+            if not isinstance(value, list | tuple):
+                raise ValueError(f"{name} must be a list, got {value!r}")
+            lists[name] = tuple(value)
         made = cls(**{**data, **lists})
         check_stages(made)
         return made
