@@ -18,7 +18,8 @@ class Reflection:
         shift: rotary offset at which the visual tokens were seen again.
         num_visual: visual tokens that the row has.
         num_shown: visual tokens that were shown again; 0 for a text-only reflection.
-        shown: bool [L_c] on the CPU, which ones.
+        shown: bool [L_c] on the CPU, which ones. With route_scope="layer" those that some layer
+            showed while decoding; a full forward, whose layers choose as they run, notes all.
         mass_before: float32 [L_c] on the CPU, mean attention on each visual token over the layers,
             heads and tokens generated before this reflection (Eq. 5 of Qwen Look Again, arXiv
             2505.23558); None unless attention was tracked or routed by.
