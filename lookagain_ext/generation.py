@@ -76,7 +76,8 @@ def look_again(
     if config.reflection_token_id is None:
         number = find_reflection_token(tokenizer, config.reflection_token)
         config = replace(config, reflection_token_id=number)
-    family.check_token("reflection_token_id", config.reflection_token_id)
+    if config.looks:  # "off" may name one that is never written: it only counts them
+        family.check_token("reflection_token_id", config.reflection_token_id)
     return LookAgainSession(model, family, config)
 
 
