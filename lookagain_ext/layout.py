@@ -117,6 +117,8 @@ def key_starts(attention_mask: Tensor | None) -> Tensor | None:
     kept = attention_mask.bool()
     if bool(kept.all()):
         return None
+    if bool((kept[:, :-1] <= kept[:, 1:]).all()):  # on the left only: soon told, at every step
+        return kept.shape[1] - kept.sum(-1, dtype=torch.int32)
     first = kept.int().argmax(-1)
     last = kept.shape[1] - 1 - kept.flip(-1).int().argmax(-1)
     count = kept.sum(-1)
@@ -178,6 +180,10 @@ def check_step_mask(
         )
     if past is None or (attention_mask.shape[1] > past and not read):
         return
+    if key_start is not None and attention_mask.shape[1] > past and read:
+        real = torch.arange(past + 1, device=key_start.device) >= key_start[:, None]
+        if torch.equal(attention_mask[:, : past + 1].bool(), real):
+            return
     start = cached_starts(attention_mask, past + 1)
     if start is None and key_start is None:
         return
